@@ -1,0 +1,150 @@
+"""LoRA (Hu et al., arXiv 2106.09685): y = W x + scaling * B A x, with W frozen and A [R, in], B [out, R] trained.
+
+An adapter wraps a linear layer that already exists; there is no second architecture. Adapters are fp32 masters whatever
+the base's dtype; the product is computed in the dtype of the activations. Names and defaults are PEFT's.
+
+Shapes: T tokens, R rank.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.config import LoraConfig, UserError, nearest
+
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's path in adapter_model.safetensors
+
+# adapter_config.json fields of PEFT whose effect is not built here, with the values that mean "off"
+UNSUPPORTED = {
+    "bias": ("none",), "use_dora": (False,), "modules_to_save": (None, []), "rank_pattern": ({},), "alpha_pattern": ({},),
+    "layers_to_transform": (None,), "layer_replication": (None,), "fan_in_fan_out": (False,), "lora_bias": (False,),
+    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,), "alora_invocation_tokens": (None,),
+    "exclude_modules": (None, []), "megatron_config": (None,),
+}  # fmt: skip
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer of any kind with a low-rank update beside it."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int, scaling: float, dropout: float):
+        super().__init__()
+        self.base_layer = base_layer
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+        device = base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # [T, in] -> [T, R]
+        # added in place: the base's output is needed by nobody else, and a copy of it is the layer's largest tensor
+        return self.base_layer(x).addmm_(h, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # [T, out]
+
+
+def scaling_of(lora: LoraConfig) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def inject(model: nn.Module, lora: LoraConfig) -> None:
+    """Freeze `model` and wrap every linear layer that `lora.target_modules` names.
+
+    A target matches a module whose path is the target or ends with ".target" (PEFT's rule). The new parameters are not
+    initialised: see `init_adapters`. Raises UserError if a target matches nothing or something that is not a linear layer.
+    """
+    model.requires_grad_(False)
+    modules = dict(model.named_modules())
+    for target in lora.target_modules:
+        paths = [path for path in modules if path == target or path.endswith("." + target)]
+        if not paths:
+            known = sorted({path.split(".")[-1] for path, m in modules.items() if isinstance(m, nn.Linear)})
+            hint = nearest(target, known) or f"; the model's linear layers are {', '.join(known)}"
+            raise UserError(f"lora.target_modules: {target!r} matches no module{hint}")
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            base = model.get_submodule(path)
+            if isinstance(base, LoRALinear):
+                continue  # named by two targets, e.g. q_proj and self_attn.q_proj
+            if not isinstance(base, nn.Linear) or path == "lm_head":
+                raise UserError(f"lora.target_modules: {path!r} cannot take an adapter: only linear layers of the blocks can")
+            wrapped = LoRALinear(base, lora.rank, scaling_of(lora), lora.dropout)
+            setattr(model.get_submodule(parent), name, wrapped)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(path in the Hugging Face model, layer) of every adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield path, module
+
+
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """A uniform in +-1/sqrt(in) (nn.Linear's Kaiming form, as PEFT), B zero: the model starts out as its base."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in lora_layers(model):
+        bound = 1 / math.sqrt(layer.base_layer.in_features)
+        values = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            layer.lora_A.copy_(values)
+            layer.lora_B.zero_()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter under PEFT's names: `base_model.model.<path>.lora_A.weight` [R, in] and `.lora_B.weight` [out, R]."""
+    state = {}
+    for path, layer in lora_layers(model):
+        state[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
+        state[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach()
+    return state
+
+
+def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Fill the adapters from tensors under PEFT's names; every name must match, in both directions. Raises UserError."""
+    own = adapter_state(model)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        kind, name = ("lacks", missing[0]) if missing else ("has the unknown", extra[0])
+        raise UserError(f"{where}: {kind} {name} ({len(missing)} missing, {len(extra)} unexpected): not this model's adapter")
+    for name, target in own.items():
+        if target.shape != tensors[name].shape:
+            raise UserError(f"{where}: {name} has shape {list(tensors[name].shape)}, the model needs {list(target.shape)}")
+        target.copy_(tensors[name])
+
+
+def to_peft_config(lora: LoraConfig, base_name: str, revision: str | None) -> dict:
+    """adapter_config.json as PEFT writes it."""
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": revision,
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
+        "target_modules": list(lora.target_modules), "bias": "none", "fan_in_fan_out": False, "use_dora": False,
+        "init_lora_weights": True, "inference_mode": True, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+        "layers_to_transform": None, "layers_pattern": None,
+    }  # fmt: skip
+
+
+def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
+    """A PEFT adapter's settings. The targets are read off the tensor names: `target_modules` may be a pattern.
+
+    Raises UserError for a PEFT feature whose arithmetic is not here.
+    """
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported, only LORA")
+    for key, off in UNSUPPORTED.items():
+        if raw.get(key, off[0]) not in off:
+            raise UserError(f"{where}: {key} = {raw[key]!r} is not supported")
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):  # the others change the base weights too
+        raise UserError(f"{where}: init_lora_weights = {init!r} changes the base weights and is not supported")
+    paths = {name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in names if ".lora_" in name}
+    return LoraConfig(
+        rank=raw["r"], alpha=raw["lora_alpha"], dropout=raw.get("lora_dropout", 0.0),
+        target_modules=tuple(sorted({path.split(".")[-1] for path in paths})), rslora=raw.get("use_rslora", False),
+    )  # fmt: skip
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B A in fp32 [out, in]; the caller casts once."""
+    return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling)
