@@ -1,0 +1,185 @@
+"""One row of a file -> the text a model is trained on, with the places in it that are supervised.
+
+Each format is one function from a row's columns to an `Example`. Spans are characters of the rendered text: nothing is
+ever found by searching token ids, so no example is lost because a name does not survive the tokenizer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from minilora.config import DataConfig, UserError
+from minilora.labels import Edge, Span, path_edges
+from minilora.tokenizer import Tokenizer
+
+ARROW = " -> "
+
+
+class RowError(Exception):
+    """A row that cannot be used. `reason` groups it in the counts table, the text says what is wrong with which field."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class Example:
+    text: str
+    supervised: list[Span]  # the responses, each with its end-of-turn token
+    nodes: list[Span] = field(default_factory=list)  # format paths: node v of each edge occurrence u -> v
+    edges: list[Edge] = field(default_factory=list)  # and its edge
+    prompt: str = ""  # the part that too_long="truncate" may shorten
+    shorten: Callable[[int], "Example"] | None = None  # the same example with only so many characters of it
+
+
+def build(row: object, data: DataConfig, tokenizer: Tokenizer) -> Example:
+    """The example of one parsed row. Raises RowError naming the field."""
+    if not isinstance(row, dict):
+        raise RowError("malformed", f"expected a JSON object, got {type(row).__name__}")
+    if data.format == "paths":
+        return _paths(row, data, tokenizer)
+    if data.format == "prompt":
+        prompt, response = _fill(data.prompt_template, row), _fill(data.response_template, row)
+        return _prompt_response(prompt, response, data, tokenizer)
+    if data.format == "messages":
+        return _messages(row, tokenizer)
+    return _text(row, data, tokenizer)
+
+
+def _string(row: dict, key: str) -> str:
+    if key not in row:
+        raise RowError("malformed", f'"{key}" is missing; the row has {", ".join(map(repr, row)) or "no columns"}')
+    if not isinstance(row[key], str):
+        raise RowError("malformed", f'"{key}": expected a string, got {type(row[key]).__name__}')
+    return row[key]
+
+
+def _fill(template: str, row: dict) -> str:
+    try:
+        return template.format(**row)
+    except KeyError as error:
+        raise RowError("malformed", f"column {error} of the template is missing; the row has {', '.join(map(repr, row))}") from error
+    except (IndexError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"data.prompt_template / response_template: {error} (write {{{{ and }}}} for literal braces)") from error
+
+
+def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
+    """`Title: ...` and the abstract -> the category paths, one a line (OLLM's prompt)."""
+    paths = row.get("paths")
+    if not isinstance(paths, list) or not all(isinstance(p, list) and p for p in paths):
+        raise RowError("malformed", '"paths": expected a list of non-empty lists of strings')
+    for i, path in enumerate(paths):
+        for j, node in enumerate(path):
+            if not isinstance(node, str) or not node.strip() or "\n" in node or ARROW in node:
+                raise RowError("malformed", f'"paths"[{i}][{j}]: {node!r} is not a name (a string without newline or "{ARROW}")')
+    prompt = f"Title: {_string(row, 'title')}\n{_string(row, 'abstract')}"
+    nodes, at = [], 0
+    for path in paths:
+        for j, node in enumerate(path):
+            if j:
+                nodes.append((at, at + len(node)))
+            at += len(node) + (len(ARROW) if j + 1 < len(path) else 1)
+    response = "".join(ARROW.join(path) + "\n" for path in paths)
+    if not data.chat:
+        prompt += "\n"
+    return _prompt_response(prompt, response, data, tokenizer, nodes, path_edges(paths))
+
+
+def _prompt_response(
+    prompt: str, response: str, data: DataConfig, tokenizer: Tokenizer,
+    nodes: list[Span] | None = None, edges: list[Edge] | None = None,
+) -> Example:  # fmt: skip
+    """A prompt and its supervised response, in the chat template or end to end; nodes are spans of the response."""
+    if not response.strip():
+        raise RowError("empty response", "the response is empty")
+    if data.chat:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        example, (at,) = _render_chat(messages, [1], tokenizer)
+    else:
+        text = prompt + response + (tokenizer.eos_token or "")
+        example, at = Example(text, [(len(prompt), len(text))]), len(prompt)
+    kept = len(response.rstrip()) if data.chat else len(response)  # a template may trim the response's end
+    at -= len(response) - len(response.lstrip()) if example.text[at : at + kept] != response[:kept] else 0
+    example.nodes = [(at + begin, at + end) for begin, end in nodes or []]
+    example.edges = edges or []
+    example.prompt = prompt
+    example.shorten = lambda length: _prompt_response(prompt[:length], response, data, tokenizer, nodes, edges)
+    return example
+
+
+def _messages(row: dict, tokenizer: Tokenizer) -> Example:
+    """Chat turns; every assistant turn is supervised unless it says `"train": false`."""
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise RowError("malformed", '"messages": expected a non-empty list of turns')
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise RowError("malformed", f'"messages"[{i}]: expected an object with the strings "role" and "content"')
+        if not isinstance(turn.get("train", True), bool):
+            raise RowError("malformed", f'"messages"[{i}]["train"]: expected true or false')
+    supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
+    if not supervised or not any(turns[i]["content"].strip() for i in supervised):
+        raise RowError("empty response", '"messages": no assistant turn to train on')
+    example, _ = _render_chat(turns, supervised, tokenizer)
+    users = [i for i, turn in enumerate(turns) if turn["role"] == "user" and i < supervised[-1]]
+    if users:
+        last = users[-1]
+        example.prompt = turns[last]["content"]
+
+        def shorten(length: int) -> Example:
+            cut = {**turns[last], "content": turns[last]["content"][:length]}
+            return _messages({"messages": [*turns[:last], cut, *turns[last + 1 :]]}, tokenizer)
+
+        example.shorten = shorten
+    return example
+
+
+def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokenizer) -> tuple[Example, list[int]]:
+    """Render a conversation and find its supervised turns by rendering it turn by turn.
+
+    Returns the example and where the content of each supervised turn begins. A turn is supervised from where the model
+    would begin to write (what the generation prompt does not give) through the token that ends it.
+    """
+    text = tokenizer.render(messages)
+    spans, contents = [], []
+    for i in supervised:
+        prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
+        through = text if i + 1 == len(messages) else tokenizer.render(messages[: i + 1])
+        if not text.startswith(prompt) or not text.startswith(through):
+            raise RowError("template rewrites turns", f"the chat template renders turn {i} differently once more turns follow")
+        content = messages[i]["content"].strip()
+        at = text.find(content, len(prompt), len(through))
+        if at < 0:
+            raise RowError("template rewrites turns", f"the chat template changes the text of turn {i}")
+        rest = text[at + len(content) : len(through)]
+        enders = [rest.find(s) + len(s) for s in tokenizer.specials if s in rest]
+        spans.append((len(prompt), at + len(content) + min(enders, default=len(rest))))
+        whole = messages[i]["content"]  # with the spaces around it, where the template leaves them
+        lead = len(whole) - len(whole.lstrip())
+        contents.append(at - lead if text[at - lead : at] == whole[:lead] and at - lead >= len(prompt) else at)
+        if not enders and i + 1 == len(messages) and tokenizer.eos_token:  # a template that never ends the turn
+            text += tokenizer.eos_token
+            spans[-1] = (spans[-1][0], len(text))
+    return Example(text, spans), contents
+
+
+def _text(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
+    """Plain text and EOS, supervised after the last response_marker, or everywhere without one."""
+    text = _string(row, "text")
+    if not text.strip():
+        raise RowError("empty response", '"text" is empty')
+    if data.response_marker is None:
+        whole = text + (tokenizer.eos_token or "")
+        return Example(whole, [(0, len(whole))], prompt=text, shorten=lambda length: Example(text[:length], [(0, length)]))
+    prompt, marker, response = text.rpartition(data.response_marker)
+    if not marker:
+        raise RowError("no response marker", f'"text" does not contain data.response_marker {data.response_marker!r}')
+    if not response.strip():
+        raise RowError("empty response", '"text": nothing follows data.response_marker')
+
+    def cut(length: int) -> Example:
+        head = prompt[:length] + marker
+        full = head + response + (tokenizer.eos_token or "")
+        return Example(full, [(len(head), len(full))], prompt=prompt, shorten=cut)
+
+    return cut(len(prompt))
