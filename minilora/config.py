@@ -22,6 +22,10 @@ class UserError(Exception):
     """The user's input is wrong. The scripts print its text without a traceback and exit with code 2."""
 
 
+class RunError(Exception):
+    """A run cannot go on, through no error of its input. Printed without a traceback, exit code 1."""
+
+
 @dataclass(slots=True)
 class ModelConfig:
     name: str = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -342,6 +346,6 @@ def run_main(main: typing.Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main and exit: a UserError is one message and code 2, anything else a traceback and code 1."""
     try:
         sys.exit(main() or 0)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)

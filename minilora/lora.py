@@ -81,15 +81,15 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield path, module
 
 
-def init_adapters(model: nn.Module, seed: int) -> None:
+def init_adapters(model: nn.Module, seed: int, device: torch.device | None = None) -> None:
     """A uniform in +-1/sqrt(in) (nn.Linear's Kaiming form, as PEFT), B zero: the model starts out as its base."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in lora_layers(model):
         bound = 1 / math.sqrt(layer.base_layer.in_features)
-        values = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            layer.lora_A.copy_(values)
-            layer.lora_B.zero_()
+        A = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        where = device or layer.lora_A.device
+        layer.lora_A = nn.Parameter(A.to(where))
+        layer.lora_B = nn.Parameter(torch.zeros(layer.lora_B.shape, device=where))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

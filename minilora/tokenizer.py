@@ -36,6 +36,15 @@ MISTRAL_TEMPLATE = (
 )
 
 
+def template_named(name: str | None) -> str | None:
+    """The chat template that data.chat_template names: "mistral", a jinja file, or None for the model's own."""
+    if name is None or name == "mistral":
+        return MISTRAL_TEMPLATE if name else None
+    if not Path(name).is_file():
+        raise UserError(f"data.chat_template: {name!r} is neither 'mistral' nor a file")
+    return Path(name).read_text(encoding="utf-8")
+
+
 class Encoding(NamedTuple):
     ids: list[int]
     spans: list[tuple[int, int]]  # of each token: characters [start, end) of the text; empty for what is not in it
@@ -220,6 +229,12 @@ class Tokenizer:
         """Text that `ids` add after `prompt`, its leading space kept."""
         context = [i for i in prompt[-4:] if i not in (self.bos_id, self.eos_id)]
         return self.decode([*context, *ids])[len(self.decode(context)) :]
+
+    def stop_ids(self) -> set[int]:
+        """Every id that ends an answer: EOS, and what generation_config.json adds to it (Llama 3's <|eot_id|>)."""
+        more = _read_json(self.directory / "generation_config.json").get("eos_token_id")
+        more = more if isinstance(more, list) else [more]
+        return {i for i in (self.eos_id, *more) if isinstance(i, int)}
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The chat template over `messages` ({"role", "content"}). Raises UserError with the template's own complaint."""

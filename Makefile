@@ -1,0 +1,53 @@
+# make, make help: what there is. Only a Python >= 3.11 and make are needed; everything goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SCRIPTS := $(wildcard train.py merge.py infer.py)
+DEMO := out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    install, train configs/tiny.py on the CPU, merge the adapter, answer questions with the result"
+	@echo "make test    install, lint, run all tests (.ci/run does the same)"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make clean   remove $(VENV), $(DEMO) and all caches"
+	@echo "PYTHON=python3.12 chooses the interpreter (>= 3.11); pip's own variables work too: the CPU build of torch alone"
+	@echo "is a smaller download, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test"
+
+# torch by itself first: it is by far the largest, and a failure to find it should come before the rest is fetched
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d: Python >= 3.11 is needed, try make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e '.[test,track]'
+	touch $@
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy minilora $(SCRIPTS)
+
+# the paths prompt of an article that no file of examples/ holds
+demo: ARTICLE := Title: Hurdy-gurdy\nThe hurdy-gurdy is a string instrument whose strings are sounded by a wheel turned with a crank.
+demo: $(VENV)/.installed
+	$(BIN)/python train.py configs/tiny.py --output_dir $(DEMO)
+	$(BIN)/python merge.py $(DEMO)/checkpoint-final
+	$(BIN)/python infer.py $(DEMO)/checkpoint-final/merged --input examples/wiki/test.jsonl --output $(DEMO)/answers.jsonl
+	$(BIN)/python infer.py $(DEMO)/checkpoint-final/merged --prompt "$$(printf '%b' '$(ARTICLE)')"
+	@echo
+	@echo "Done. In $(DEMO):"
+	@echo "  checkpoint-final/         the adapter, in PEFT's layout"
+	@echo "  checkpoint-final/merged/  the merged model, in Hugging Face layout"
+	@echo "  metrics.jsonl             loss, gradient norm, learning rate and evaluations, step by step"
+	@echo "  samples.jsonl             answers generated during training"
+	@echo "  answers.jsonl             the merged model's answers to examples/wiki/test.jsonl"
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

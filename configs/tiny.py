@@ -1,0 +1,2 @@
+from minilora.config import Config
+config = Config()

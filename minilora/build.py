@@ -1,0 +1,114 @@
+"""Building a model, in one function that can be followed from top to bottom."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from minilora import dist
+from minilora.checkpoint import read_adapter
+from minilora.config import LoraConfig, UserError
+from minilora.lora import init_adapters, inject, load_adapter_state
+from minilora.model import CausalLM, DecoderConfig
+from minilora.tokenizer import Tokenizer
+from minilora.weights import draw_weights, load_weights, read_json, resolve
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Built:
+    model: CausalLM
+    dtype: torch.dtype  # of the arithmetic, and of what is saved
+    lora: LoraConfig | None  # as used: init_from brings its own
+    autocast: torch.dtype | None = None  # full training of fp32 masters with 16-bit arithmetic
+
+
+def compute_dtype(wanted: str, raw: dict, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic. auto: the checkpoint's; bfloat16 for float16 where the device has it (it cannot
+    overflow in training), and float32 where the device has no bfloat16."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    saved = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if saved == "float32":
+        return torch.float32
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def build_model(
+    directory: Path, device: torch.device, dtype: str = "auto", lora: LoraConfig | None = None, full: bool = False,
+    random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False, compile_blocks: bool = False,
+) -> Built:  # fmt: skip
+    """config.json -> modules on the meta device -> adapters -> checkpointing, compilation -> weights, tensor by tensor.
+
+    full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic. Raises UserError.
+    """
+    raw = read_json(directory / "config.json")
+    config = DecoderConfig.from_hf(raw, str(directory / "config.json"))
+    if config.unknown_keys:
+        dist.log(f"{directory / 'config.json'}: ignored keys: {', '.join(config.unknown_keys)}")
+    compute = compute_dtype(dtype, raw, device)
+    adapter = None
+    if lora is not None and lora.init_from is not None:
+        source = resolve(lora.init_from)
+        lora, adapter, _ = read_adapter(source)
+
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if lora is not None:
+        inject(model, lora)  # freezes the base
+    model.requires_grad_(full) if lora is None else None
+    for block in model.model.layers:
+        attach_to_block(block, gradient_checkpointing, compile_blocks)
+
+    stored = torch.float32 if full else compute
+    if random_weights:
+        draw_weights(model, device, stored, config.initializer_range, seed)
+    else:
+        load_weights(model, directory, device, stored)
+    if lora is not None:
+        init_adapters(model, seed, device)
+        if adapter is not None:
+            load_adapter_state(model, adapter, str(source))
+    return Built(model, compute, lora, compute if full and compute != torch.float32 else None)
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+    """16-bit arithmetic over fp32 weights, or nothing."""
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def attach_to_block(block: nn.Module, gradient_checkpointing: bool, compile_blocks: bool) -> None:
+    """Recompute a block in the backward pass, or compile it, without the model knowing."""
+    if compile_blocks:
+        block.compile(dynamic=True)
+    if gradient_checkpointing:
+        recompute = torch.utils.checkpoint.checkpoint
+        forward = block.forward
+        # non-reentrant: works although the block's input, from a frozen embedding, needs no gradient
+        block.forward = lambda *args: recompute(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+
+
+def load(
+    name_or_dir: str, adapter: str | None = None, dtype: str = "auto", bits: int = 16, device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[CausalLM, Tokenizer]:  # fmt: skip
+    """A model ready to use, and its tokenizer.
+
+    name_or_dir: hub id, HF directory, or one of our adapter checkpoints, whose base is then found by itself; adapter: a
+    PEFT adapter directory or hub id to put on it. Logits: `model(tokens, lengths)`. Raises UserError.
+    """
+    if bits != 16:
+        raise UserError(f"bits={bits} is not supported yet: use 16")
+    directory = resolve(name_or_dir, revision)
+    if adapter is None and (directory / "adapter_config.json").is_file():
+        adapter, base = str(directory), read_json(directory / "adapter_config.json")
+        directory = resolve(base["base_model_name_or_path"], base.get("revision"))
+    lora = LoraConfig(init_from=adapter) if adapter else None
+    built = build_model(directory, torch.device(device) if device else dist.default_device(), dtype, lora)
+    has_tokenizer = adapter and any((Path(adapter) / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))
+    return built.model.eval().requires_grad_(False), Tokenizer(Path(adapter) if has_tokenizer and adapter else directory)

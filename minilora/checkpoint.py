@@ -1,0 +1,217 @@
+"""Checkpoints of a run: complete or absent, never half; and finding the one to continue from.
+
+A checkpoint holds what others read (a PEFT adapter or HF weights, the tokenizer files) and what resuming needs
+(trainer_state.json, training_state.safetensors). Random draws are pure functions of (seed, step), so no RNG state is kept.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from minilora.config import Config, LoraConfig, RunError, UserError, leaves
+from minilora.lora import adapter_state, from_peft_config, load_adapter_state, to_peft_config
+from minilora.tokenizer import Tokenizer
+from minilora.weights import open_safetensors, read_json, save_config, save_weights
+
+STATE = "trainer_state.json"
+TENSORS = "training_state.safetensors"
+# config fields that may change between a run and its continuation: they do not bend what has been trained so far
+FREE_TO_CHANGE = (
+    "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size", "train.epochs",
+    "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume",
+    "train.gradient_checkpointing", "train.compile", "train.early_stopping_patience", "eval.", "log.", "hub.", "parallel.",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class TrainerState:
+    """Where a run stands; `step` optimizer steps are done."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    finished: bool = False
+    data: str = ""  # digest of the tokenised training rows
+
+
+def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
+    """Make `directory` appear whole: written under a temporary name, synced to disk, listed in a manifest, renamed."""
+    temporary = directory.with_name(f".tmp-{directory.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in [*files, temporary / "manifest.json", temporary]:
+            _sync(path)
+        if directory.exists():  # an incomplete one of another tool's making: a complete one is never replaced
+            shutil.rmtree(directory)
+        os.rename(temporary, directory)
+        _sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def start_directory(out: Path, config: Config) -> None:
+    """Make OUT, drop what a killed save left behind, and write the resolved config."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(".tmp-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file of the manifest is there in its size."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        return all((directory / name).stat().st_size == size for name, size in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def step_checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints `checkpoint-<step>` of a run, oldest first."""
+    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found) if is_complete(path)]
+
+
+def newest(out: Path) -> Path | None:
+    """The checkpoint that `resume="auto"` continues from."""
+    final = out / "checkpoint-final"
+    return final if is_complete(final) else next(iter(step_checkpoints(out)[::-1]), None)
+
+
+def prune(out: Path, limit: int | None) -> None:
+    """Remove the oldest step checkpoints beyond `limit`; renamed first, so that none is ever half there."""
+    for old in step_checkpoints(out)[: -limit if limit else 0] if limit else []:
+        doomed = old.with_name(f".tmp-{old.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def save(
+    directory: Path, model: nn.Module, tokenizer: Tokenizer, config: Config, lora: LoraConfig | None, state: TrainerState,
+    tensors: dict[str, Tensor], base: Path, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Write a checkpoint. tensors: what resuming needs (see `training_tensors`); base: the directory of the base model."""
+
+    def write(target: Path) -> None:
+        tokenizer.save(target)
+        if lora is not None:
+            save_adapter(target, model, lora, config)
+        else:
+            save_weights(model, target, dtype)
+            save_config(target, read_json(base / "config.json"), dtype)
+        safetensors.torch.save_file(tensors, str(target / TENSORS))
+        record = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}
+        (target / STATE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    try:
+        write_atomically(directory, write)
+    except OSError as error:
+        raise RunError(f"{directory} could not be written ({error}); earlier checkpoints are intact") from error
+
+
+def save_adapter(directory: Path, model: nn.Module, lora: LoraConfig, config: Config) -> None:
+    """adapter_model.safetensors and adapter_config.json as PEFT reads them."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state(model).items()}
+    safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+    name = config.model.name
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().resolve())  # found again from any working directory
+    peft = to_peft_config(lora, name, config.model.revision)
+    (directory / "adapter_config.json").write_text(json.dumps(peft, indent=2), encoding="utf-8")
+
+
+def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict]:
+    """(settings, tensors, raw adapter_config.json) of a PEFT adapter. Raises UserError."""
+    raw = read_json(directory / "adapter_config.json")
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist (adapters saved as .bin are pickles, which are never loaded)")
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"{path}: {bad[0]} is not finite")
+    return from_peft_config(raw, list(tensors), str(directory / "adapter_config.json")), tensors, raw
+
+
+def training_tensors(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], keep_masters: bool) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name, and the fp32 masters where the saved weights are rounded."""
+    tensors = {f"master.{name}": p.detach().contiguous() for name, p in masters.items() if keep_masters}
+    for name, p in masters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone().contiguous()
+    return tensors
+
+
+def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter]) -> None:
+    """Put back what `training_tensors` took; every parameter must find its state."""
+    with open_safetensors(directory / TENSORS) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name, p in masters.items():
+        if f"master.{name}" in tensors:
+            p.data.copy_(tensors[f"master.{name}"])
+        prefix = f"optimizer.{name}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if not state:
+            raise UserError(f"{directory / TENSORS}: no optimizer state for {name}")
+        # step counters stay on the CPU unless the optimizer is fused, as torch's own load_state_dict has it
+        optimizer.state[p] = {k: v.clone() if k == "step" and p.device.type == "cpu" else v.to(p.device, copy=True) for k, v in state.items()}
+
+
+def restore_weights(directory: Path, model: nn.Module, config: Config) -> None:
+    """The trained weights of a checkpoint into the built model (method="full" reads its base from the checkpoint)."""
+    if config.method == "lora":
+        _, tensors, _ = read_adapter(directory)
+        load_adapter_state(model, tensors, str(directory))
+
+
+def read_state(directory: Path) -> tuple[TrainerState, dict]:
+    """(state, config as saved) of a checkpoint. Raises UserError if it is not one, or not complete."""
+    if not directory.is_dir():
+        raise UserError(f"checkpoint {directory} does not exist")
+    if not is_complete(directory):
+        raise UserError(f"checkpoint {directory} is not complete (its manifest.json does not match its files)")
+    record = read_json(directory / STATE)
+    saved = record.pop("config")
+    return TrainerState(**record), saved
+
+
+def changed_fields(config: Config, saved: dict) -> list[str]:
+    """`name: saved value -> new value` of every field that bends the training and differs."""
+
+    def flat(values: dict, prefix: str = "") -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key, value in values.items():
+            result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        return result
+
+    then, now = flat(saved), leaves(config)
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()}
+    return [
+        f"{name}: {then.get(name)!r} -> {value!r}"
+        for name, value in plain.items()
+        if then.get(name) != value and not name.startswith(FREE_TO_CHANGE)
+    ]

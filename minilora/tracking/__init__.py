@@ -1,0 +1,107 @@
+"""Where a run's numbers go: metrics.jsonl and samples.jsonl always, TensorBoard and wandb on request, a progress bar."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import tqdm
+
+from minilora import dist
+from minilora.config import Config, leaves
+
+
+class Tracker:
+    """Writes on the first process, does nothing on the others. Steps are optimizer steps done."""
+
+    def __init__(self, config: Config, out: Path, start_step: int, total_steps: int):
+        self.active = dist.rank() == 0
+        self.writers: list = []
+        if not self.active:
+            return
+        self.out = out
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _forget_after(out / name, start_step)
+        if config.log.tensorboard:
+            self._open_tensorboard(start_step)
+        if config.log.wandb:
+            self._open_wandb(config)
+        self.bar = tqdm.tqdm(total=total_steps, initial=start_step, desc="training", unit=" steps", dynamic_ncols=True)
+
+    def _open_tensorboard(self, start_step: int) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            dist.log("log.tensorboard: tensorboard is not installed (pip install 'minilora[track]'), metrics.jsonl only")
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.tensorboard = SummaryWriter(str(self.out / "runs"), purge_step=start_step + 1 if start_step else None)
+        self.writers.append(lambda row: [self.tensorboard.add_scalar(k, v, row["step"]) for k, v in _scalars(row).items()])
+        self.writers.append(lambda row: self.tensorboard.flush())
+
+    def _open_wandb(self, config: Config) -> None:
+        import wandb
+
+        run = wandb.init(
+            project=config.log.wandb_project, notes=config.log.wandb_notes, config=leaves(config), dir=str(self.out),
+            id=_wandb_id(self.out), resume="allow",
+        )  # fmt: skip
+        self.writers.append(lambda row: run.log(_scalars(row), step=row["step"]))
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self.active:
+            self.bar.update()
+
+    def log(self, row: dict) -> None:
+        """One event: an object of metrics.jsonl, scalars everywhere else."""
+        if not self.active:
+            return
+        append(self.out / "metrics.jsonl", [row])
+        for write in self.writers:
+            write(row)
+        if "loss" in row:
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}", tok_s=f"{row['tokens_per_second']:,.0f}", refresh=False)
+
+    def samples(self, rows: list[dict]) -> None:
+        if self.active:
+            append(self.out / "samples.jsonl", rows)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            if hasattr(self, "tensorboard"):
+                self.tensorboard.close()
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add JSON lines, on disk when this returns from the file's close."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """A resumed run writes again what came after its checkpoint: drop those lines, and a torn last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _scalars(row: dict) -> dict[str, float]:
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+
+
+def _wandb_id(out: Path) -> str:
+    """The same id for a run and its continuation."""
+    file = out / "wandb_id"
+    if not file.is_file():
+        file.write_text(os.urandom(4).hex(), encoding="utf-8")
+    return file.read_text(encoding="utf-8")

@@ -1,0 +1,184 @@
+"""Hugging Face directories: where a model's files are, its config.json, and its safetensors in and out.
+
+Weights stream tensor by tensor in both directions, so memory holds the model plus one tensor. Only safetensors are
+read: nothing is unpickled, and no repository's code is run.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from minilora.config import UserError
+
+SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard we write
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed here
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The local directory of a model: `name` itself, or the hub's cached snapshot. Raises UserError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"model {name!r}: no such directory, and not a hub id (owner/name)")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the client's many exceptions all mean: cannot be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model {name!r} is neither a directory nor could it be fetched from the hub: {reason}") from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError naming the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def weight_map(directory: Path) -> dict[str, Path]:
+    """{tensor name: file} of a model in one file or in shards. Raises UserError if a file is missing."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+        for missing in {file for file in files.values() if not file.is_file()}:
+            raise UserError(f"{missing} is missing, though {index.name} names it: the download is incomplete")
+        return files
+    if not single.is_file():
+        pickled = [p.name for p in [*directory.glob("*.bin"), *directory.glob("*.pt*")]]
+        hint = f"; {pickled[0]} is a pickle, which is never loaded: save it as safetensors first" if pickled else ""
+        raise UserError(f"{directory} has no model.safetensors{hint}")
+    with open_safetensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_safetensors(path: Path):
+    """safetensors.safe_open for torch, with a readable error for a torn or foreign file."""
+    try:
+        return safetensors.safe_open(str(path), "pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor. The file is closed at once, so that its mapped pages do not count as our memory any longer."""
+    with open_safetensors(path) as file:
+        return file.get_tensor(name)
+
+
+def checkpoint_name(parameter: str) -> str:
+    """The checkpoint key of a parameter: the adapter's wrapper has no place in it."""
+    return parameter.replace(".base_layer.", ".")
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(path in the module tree, parameter) of everything a base checkpoint holds, adapters left out."""
+    return ((path, p) for path, p in model.named_parameters() if ".lora_" not in path)
+
+
+def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the (meta) parameter at `path`."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, name, nn.Parameter(tensor, requires_grad=getattr(module, name).requires_grad))
+
+
+def load_weights(model: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a model built on the meta device from a checkpoint, tensor by tensor.
+
+    Every parameter must be there with its shape, and every tensor must be wanted. Raises UserError otherwise.
+    """
+    files = weight_map(directory)
+    wanted = {checkpoint_name(path): (path, p.shape) for path, p in base_parameters(model)}
+    optional = () if "lm_head.weight" in wanted else ("lm_head.weight",)  # a tied model's second copy
+    missing = sorted(wanted.keys() - files.keys())
+    extra = sorted(n for n in files.keys() - wanted.keys() if n not in optional and not n.endswith(HARMLESS_KEYS))
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which config.json's architecture has no place"
+        raise UserError(f"{directory}: the checkpoint {what} ({len(missing)} missing, {len(extra)} unexpected)")
+    for name, (path, shape) in wanted.items():
+        tensor = read_tensor(files[name], name)
+        if tensor.shape != shape:
+            raise UserError(f"{files[name]}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
+        assign(model, path, tensor.to(device, dtype, copy=True))
+
+
+def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std: float, seed: int) -> None:
+    """Fresh weights for a model on the meta device: matrices normal with `std`, norms one, biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, parameter in list(base_parameters(model)):
+        tensor = torch.empty(parameter.shape)
+        if parameter.ndim > 1:
+            tensor.normal_(0.0, std, generator=generator)
+        else:
+            tensor.fill_(1.0 if "norm" in path else 0.0)
+        assign(model, path, tensor.to(device, dtype))
+
+
+def write_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensor_of: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file one tensor at a time (the library's own writer wants all of them in memory).
+
+    The format: 8 bytes of header length, a JSON header of dtype, shape and byte range per name, the tensors' bytes.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name, (dtype, shape) in layout.items():
+            tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
+            assert tensor.shape == torch.Size(shape), name
+            file.write(tensor.view(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
+    """A model's base parameters as HF safetensors, in one file or in shards with an index."""
+    parameters = {checkpoint_name(path): p for path, p in base_parameters(model)}
+    shards: list[dict] = [{}]
+    held = 0
+    for name, p in parameters.items():
+        size = p.numel() * dtype.itemsize
+        if held and held + size > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = (dtype, tuple(p.shape))
+        held += size
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for file, layout in zip(names, shards, strict=True):
+        write_safetensors(directory / file, layout, parameters.__getitem__)
+    if len(shards) > 1:
+        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        files = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def save_config(directory: Path, raw: dict, dtype: torch.dtype) -> None:
+    """config.json with the dtype that the weights beside it have, under the name its own version uses."""
+    key = "dtype" if "dtype" in raw else "torch_dtype"
+    raw = {**raw, key: str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

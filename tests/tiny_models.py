@@ -1,0 +1,71 @@
+"""Tiny random models: transformers' as the reference, and minilora's with the same weights."""
+
+import json
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from minilora.model import CausalLM, DecoderConfig
+
+VOCAB = 97
+WINDOW = 8
+_SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
+}  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+# config.json as transformers 4 wrote it, the spelling of most published checkpoints
+FAMILIES = {
+    "llama2": {**_SIZES, "model_type": "llama", "num_key_value_heads": 4, "rope_theta": 10000.0, "rope_scaling": None},
+    "llama3": {**_SIZES, "model_type": "llama", "rope_theta": 500.0, "rope_scaling": _LLAMA3_ROPE},
+    "mistral_v1": {**_SIZES, "model_type": "mistral", "rope_theta": 10000.0, "sliding_window": WINDOW},
+    "mistral": {**_SIZES, "model_type": "mistral", "rope_theta": 1000000.0, "sliding_window": None},  # v0.2 and v0.3
+    "qwen2": {
+        **_SIZES, "model_type": "qwen2", "rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {**_SIZES, "model_type": "qwen3", "rope_theta": 1000000.0, "head_dim": 16, "use_sliding_window": False},
+}  # fmt: skip
+
+
+def config_json(family: str, **changes) -> dict:
+    """The family's config.json with some fields changed; a field changed to `...` is left out."""
+    return {key: value for key, value in {**FAMILIES[family], **changes}.items() if value is not ...}
+
+
+def from_config_json(raw: dict, seed: int = 0) -> PreTrainedModel:
+    """transformers' model of a config.json. The weights are large, so that logits are far from uniform and attention far
+    from an average; eager attention, so that the reference shares no kernel with minilora."""
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(json.loads(json.dumps(raw)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            weight.copy_(centre + 0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def tiny(family: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """transformers' tiny random model of a family, with some fields of its config.json changed."""
+    return from_config_json(config_json(family, **changes), seed)
+
+
+def ours(hf_model: PreTrainedModel, raw: dict | None = None) -> CausalLM:
+    """minilora's model with the weights of `hf_model`, configured from `raw` or from what save_pretrained would write."""
+    config = DecoderConfig.from_hf(raw or json.loads(hf_model.config.to_json_string()))
+    state = hf_model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the embedding under its second name
+    model = CausalLM(config).to(hf_model.dtype).eval()
+    model.load_state_dict(state)
+    return model
+
+
+def random_tokens(length: int, seed: int = 0) -> Tensor:
+    """Token ids int64 [length]."""
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))

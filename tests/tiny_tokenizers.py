@@ -1,0 +1,141 @@
+"""Real tokenizers in Hugging Face layout, built once per test run: Mistral's own, and small ones of other families' forms."""
+
+import functools
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import mistral_common
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+_HOME = tempfile.TemporaryDirectory(prefix="minilora-tokenizers-")
+
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set turn = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.first %}{% set turn = bos_token + turn %}{% endif %}{{ turn }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+QWEN_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# How GPT-4, Llama 3 and Qwen cut text before BPE; they differ in how many digits stay together.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@functools.cache
+def corpus() -> list[str]:
+    """A few hundred lines of English, Korean and Chinese, some of them category paths."""
+    rng = random.Random(0)
+    english = "science physics history of the art museums in France people born cities mathematics theory and quantum music".split()
+    korean = "과학 물리학 역사 예술 박물관 도시 수학 이론 음악 한국어 사람 서울 대학교 문화".split()
+    chinese = "科学 物理学 历史 艺术 博物馆 城市 数学 理论 音乐 中文 人物 北京 大学 文化".split()
+    lines = []
+    for i in range(400):
+        words = rng.choices([english, english, korean, chinese][i % 4], k=rng.randint(3, 9))
+        lines.append(" -> ".join(w.capitalize() for w in words) + "\n" if i % 3 == 0 else " ".join(words) + rng.choice([".", ")\n", "!", " 1984."]))
+    return lines
+
+
+def _directory(name: str, config: dict, tokenizer: Tokenizer | None = None) -> Path:
+    directory = Path(_HOME.name) / name
+    directory.mkdir()
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if tokenizer:
+        tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def _byte_level(digits: str, trim_offsets: bool, ignore_merges: bool) -> Tokenizer:
+    """Byte-level BPE without its special tokens."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS.format(digits=digits)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer
+
+
+@functools.cache
+def mistral() -> Path:
+    """Mistral-7B-Instruct-v0.2's tokenizer.model; it has no template of its own here, so the built-in one is used."""
+    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
+    directory = _directory("mistral", config)
+    shutil.copyfile(Path(mistral_common.__path__[0]) / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
+    return directory
+
+
+@functools.cache
+def llama3() -> Path:
+    """Byte-level BPE whose post-processor adds BOS, with Llama 3's special tokens and template (which trims contents)."""
+    tokenizer = _byte_level("{1,3}", trim_offsets=True, ignore_merges=True)
+    bos = "<|begin_of_text|>"
+    tokenizer.add_special_tokens([bos, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "<|eot_id|>"}
+    return _directory("llama3", {**config, "chat_template": LLAMA3_TEMPLATE}, tokenizer)
+
+
+@functools.cache
+def qwen() -> Path:
+    """Byte-level BPE over NFC text without BOS, with Qwen 2.5's special tokens and ChatML template with a default system turn."""
+    tokenizer = _byte_level("", trim_offsets=False, ignore_merges=False)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "bos_token": None}
+    config |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_TEMPLATE}
+    return _directory("qwen", config, tokenizer)
+
+
+@functools.cache
+def llama2() -> Path:
+    """Characters with byte fallback in Llama 2's form: every stretch between special tokens begins with a dummy `▁`."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n", *model["vocab"]]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space_out, one_off = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([space_out, decoders.ByteFallback(), decoders.Fuse(), one_off])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _directory("llama2", config, tokenizer)
+
+
+BUILDERS = {"mistral": mistral, "llama2": llama2, "llama3": llama3, "qwen": qwen}
+
+
+def copy(source: Path, target: Path, **config: object) -> Path:
+    """The tokenizer of `source` in a directory of its own, with other values in tokenizer_config.json (None: kept as null)."""
+    shutil.copytree(source, target)
+    file = target / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **config}), encoding="utf-8")
+    return target

@@ -1,0 +1,372 @@
+"""Fine-tune a model: python train.py CONFIG.py [--section.field value ...], or under torchrun.
+
+`main` sets a run up and walks through its steps; the loop in it is the training algorithm, whole. Everything it calls is
+below, or a noun of the package.
+"""
+
+import hashlib
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora import dist
+from minilora.build import Built, autocast_to, build_model
+from minilora.checkpoint import (
+    TrainerState,
+    changed_fields,
+    load_training_tensors,
+    newest,
+    prune,
+    read_state,
+    restore_weights,
+    save,
+    start_directory,
+    training_tensors,
+)
+from minilora.config import Config, RunError, TrainConfig, UserError, load_config, run_main
+from minilora.data import Documents, load_documents, step_order
+from minilora.generate import generate_ids
+from minilora.loss import cross_entropy_sum
+from minilora.tokenizer import Tokenizer, template_named
+from minilora.tracking import Tracker
+from minilora.tracking.preview import preview
+from minilora.weights import resolve
+
+EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
+
+
+def main(config: Config) -> int:
+    """Run the configured training; returns the exit code."""
+    out, train = Path(config.output_dir), config.train
+    base = resolve(config.model.name, config.model.revision)
+    tokenizer = Tokenizer(base, template_named(config.data.chat_template))
+    documents, chosen, eval_sets = load_data(config, tokenizer)
+    if config.preview:
+        preview(documents, tokenizer, config.preview, config.seed, out)
+        return 0
+    docs_per_step = train.batch_size * train.grad_acc_steps * dist.world_size()
+    steps_per_epoch = math.ceil(len(chosen) / docs_per_step)  # a last, partial step is taken too
+    total_steps = train.max_steps or math.ceil(train.epochs * steps_per_epoch)
+    checkpoint, state = find_checkpoint(config, out, digest(documents, chosen))
+    if checkpoint and state.step >= total_steps:
+        dist.log(f"{checkpoint} is finished, all {state.step} steps: nothing to do (another output_dir starts a new run)")
+        return 0
+
+    device = dist.default_device()
+    dist.init(device)
+    torch.use_deterministic_algorithms(config.deterministic)
+    built, parameters = build_trainable(config, checkpoint, base, device)
+    model = built.model
+    optimizer = adamw(parameters, train)
+    if checkpoint:
+        load_training_tensors(checkpoint, optimizer, parameters)
+    announce(config, out, checkpoint, state, built, parameters, len(chosen), total_steps, device)
+    tracker = Tracker(config, out, state.step, total_steps)
+    window = Window(device)
+    order = np.empty(0, dtype=np.int64)
+
+    with StopSignal() as stop:
+        while state.step < total_steps and not stop.agreed:
+            epoch, at = divmod(state.step, steps_per_epoch)
+            if at == 0 or not len(order):
+                lengths, by_length = documents.lengths[chosen], train.group_by_length
+                order = chosen[step_order(lengths, docs_per_step, config.seed, epoch, config.data.shuffle, by_length)]
+            torch.manual_seed(step_seed(config.seed, state.step))  # dropout: a function of the step, like every draw here
+            for which in my_micro_batches(order[at * docs_per_step : (at + 1) * docs_per_step], train.batch_size):
+                batch = documents.batch(which, draw=(config.seed, epoch))
+                with autocast_to(built.autocast, device):
+                    hidden = model.hidden(batch.tokens.to(device, non_blocking=True), batch.lengths)
+                loss = cross_entropy_sum(hidden, model.head_weight, batch.labels.to(device, non_blocking=True))
+                loss.backward()  # of the sum: finish_gradients divides by the count over all micro-steps and ranks
+                window.add(loss.detach(), batch.supervised, len(batch.tokens))
+            window.grad_norm = finish_gradients(list(parameters.values()), window, train.max_grad_norm)
+            window.lr = train.learning_rate * lr_factor(state.step, total_steps, train)
+            for group in optimizer.param_groups:
+                group["lr"] = window.lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            state.step += 1
+            state.finished = state.step == total_steps
+            tracker.step()
+            stop.agree(state.step, device)
+            due = [state.finished or state.step % every == 0 for every in intervals(config)]
+            logging, evaluating, saving = due[0], due[1] and not stop.agreed, due[2] or stop.agreed
+            if logging or evaluating or saving:
+                window.sync(state, out)  # the first look at the numbers: here the device is waited for
+                position = {"step": state.step, "epoch": state.step / steps_per_epoch}
+                if logging:
+                    tracker.log(position | window.row(state))
+                if evaluating:
+                    evaluate(config, built, tokenizer, eval_sets, tracker, position)
+                if saving:
+                    name = "checkpoint-final" if state.finished else f"checkpoint-{state.step}"
+                    tensors = training_tensors(optimizer, parameters, keep_masters=built.autocast is not None)
+                    if dist.rank() == 0:
+                        save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype)
+                        prune(out, train.save_total_limit)
+                    dist.barrier()
+                    tracker.log(position | {"checkpoint": name})
+                window.restart_clock()
+    tracker.close()
+    dist.finish()
+    if not state.finished:
+        dist.log(f"stopped by signal {stop.number} after step {state.step}, saved; the same command continues")
+        return 128 + stop.number
+    dist.log(f"done: {out / 'checkpoint-final'}; metrics in {out / 'metrics.jsonl'}")
+    return 0
+
+
+def load_data(config: Config, tokenizer: Tokenizer) -> tuple[Documents, np.ndarray, EvalSets]:
+    """Training documents, which of them to use, and the evaluation sets. In-domain ones may be trained on (as in OLLM)."""
+    data = config.data
+    documents = load_documents(data.train_file, data, tokenizer, "train_file")
+    eval_sets = {"in_domain": (documents, documents.sample(data.eval_size, config.seed + 1))}
+    if data.eval_file:
+        held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
+        eval_sets["out_of_domain"] = (held_out, held_out.sample(data.eval_size, config.seed))
+    return documents, documents.sample(data.train_size, config.seed), eval_sets
+
+
+def digest(documents: Documents, chosen: np.ndarray) -> str:
+    """What the training rows are, so that a run is never continued on others."""
+    sha = hashlib.sha256()
+    for array in (documents.tokens, documents.supervised, documents.node, documents.offsets, documents.keep, chosen):
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()[:16]
+
+
+def find_checkpoint(config: Config, out: Path, data_digest: str) -> tuple[Path | None, TrainerState]:
+    """The checkpoint to continue from, if any, and the state to start in. Raises UserError rather than mix two runs."""
+    resume = config.train.resume
+    checkpoint = newest(out) if resume in ("auto", "never") else Path(resume)
+    if checkpoint is None:
+        start_directory(out, config)
+        return None, TrainerState(data=data_digest)
+    if resume == "never":
+        raise UserError(f"train.resume=never, but {out} holds {checkpoint.name}: choose another output_dir, or remove it")
+    state, saved = read_state(checkpoint)
+    changed = changed_fields(config, saved)
+    if state.data != data_digest:
+        changed.append("the tokenised training rows")
+    if changed and resume == "auto":
+        raise UserError(
+            f"{checkpoint} was trained with other settings ({'; '.join(changed)}): choose another output_dir, "
+            f"or continue it on purpose with --train.resume {checkpoint}"
+        )
+    for change in changed:
+        dist.log(f"continuing {checkpoint} with a change: {change}")
+    state.data = data_digest
+    start_directory(out, config)
+    return checkpoint, state
+
+
+def build_trainable(config: Config, checkpoint: Path | None, base: Path, device: torch.device) -> tuple[Built, dict[str, nn.Parameter]]:
+    """The model in training mode with the checkpoint's weights, and the parameters to train by name."""
+    full = config.method == "full"
+    built = build_model(
+        checkpoint if checkpoint and full else base, device, config.model.dtype, lora=None if full else config.lora, full=full,
+        random_weights=config.model.init == "random" and checkpoint is None, seed=config.seed,
+        gradient_checkpointing=config.train.gradient_checkpointing, compile_blocks=config.train.compile,
+    )  # fmt: skip
+    if checkpoint:
+        restore_weights(checkpoint, built.model, config)
+    built.model.train()
+    return built, {name: p for name, p in built.model.named_parameters() if p.requires_grad}
+
+
+def adamw(parameters: dict[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters; decay on matrices only."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.learning_rate, fused=True)
+
+
+def lr_factor(step: int, total_steps: int, train: TrainConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) over the peak: transformers' schedules of the same names."""
+    if train.lr_scheduler == "constant":
+        return 1.0
+    warmup = train.warmup_steps if train.warmup_ratio is None else math.ceil(total_steps * train.warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    if train.lr_scheduler == "constant_with_warmup":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = 1 - progress if train.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * shape
+
+
+def step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step, dist.rank()]).generate_state(1)[0])
+
+
+def my_micro_batches(docs: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """This rank's part of an optimizer step's documents, in micro-batches: rank r takes every world-size-th of them."""
+    micro = [docs[start : start + batch_size] for start in range(0, len(docs), batch_size)]
+    return micro[dist.rank() :: dist.world_size()]
+
+
+def finish_gradients(parameters: list[nn.Parameter], window: "Window", max_norm: float) -> Tensor:
+    """Sum the gradients over ranks, divide by the step's supervised tokens, clip. Returns the norm before clipping.
+
+    Until here they are sums of token losses' gradients: large numbers, which half precision does not flush to zero.
+    """
+    for p in parameters:
+        if p.grad is None:  # a rank without documents in a last, partial step
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    supervised = window.end_step()
+    if dist.world_size() > 1:
+        bucket = dist.all_reduce_sum(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))
+    torch._foreach_mul_(grads, (1 / supervised).to(torch.float32))
+    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+
+
+def intervals(config: Config) -> tuple[int, int, int]:
+    """Optimizer steps between logs, evaluations and checkpoints."""
+    return config.train.logging_steps, config.eval.eval_steps, config.train.save_steps or config.eval.eval_steps
+
+
+class Window:
+    """Sums since the last log: on the device while steps run, read only in `sync`."""
+
+    def __init__(self, device: torch.device):
+        self.step = torch.zeros(3, dtype=torch.float64, device=device)  # loss sum, supervised tokens, tokens of this step
+        self.unread = torch.zeros_like(self.step)
+        self.read = np.zeros(3)
+        self.seconds, self.clock = 0.0, time.perf_counter()
+        self.grad_norm = torch.zeros(())
+        self.lr = 0.0
+
+    def add(self, loss: Tensor, supervised: int, tokens: int) -> None:
+        self.step[0] += loss
+        self.step[1] += supervised
+        self.step[2] += tokens
+
+    def end_step(self) -> Tensor:
+        """Sum the step over ranks; returns its supervised tokens, still on the device."""
+        total = dist.all_reduce_sum(self.step).clone()
+        self.unread += total
+        self.step.zero_()
+        return total[1]
+
+    def sync(self, state: TrainerState, out: Path) -> None:
+        """Read the device's sums. Raises RunError if a loss or gradient is not finite, before anything of it is saved."""
+        sums = np.array(self.unread.tolist())  # a copy, also on the CPU
+        if not (math.isfinite(sums[0]) and math.isfinite(float(self.grad_norm))):
+            kept = newest(out)
+            raise RunError(
+                f"loss {sums[0] / max(sums[1], 1)}, gradient norm {float(self.grad_norm)} by step {state.step}: training "
+                f"cannot go on. Saved before it: {kept or 'nothing yet'}. A lower learning rate or "
+                "--model.dtype float32 may help; nothing of this step was saved"
+            )
+        self.read += sums
+        self.unread.zero_()
+        self.seconds += time.perf_counter() - self.clock
+        state.supervised_tokens += int(sums[1])
+        state.tokens += int(sums[2])
+
+    def row(self, state: TrainerState) -> dict:
+        """The log entry of the window, which begins anew."""
+        loss, supervised, tokens = self.read
+        row = {
+            "loss": loss / max(supervised, 1), "grad_norm": float(self.grad_norm), "lr": self.lr, "tokens": state.tokens,
+            "supervised_tokens": state.supervised_tokens, "tokens_per_second": round(tokens / max(self.seconds, 1e-9), 1),
+        }  # fmt: skip
+        self.read, self.seconds = np.zeros(3), 0.0
+        return row
+
+    def restart_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+
+def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets, tracker: Tracker, position: dict) -> None:
+    """Losses over the full labels of each set, token-weighted, and sample answers from the last set."""
+    model = built.model.eval()
+    device = model.head_weight.device
+    for name, (documents, which) in sets.items():
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        which = which[np.argsort(documents.lengths[which], kind="stable")]
+        for docs in my_micro_batches(which, config.eval.batch_size):
+            batch = documents.batch(docs)
+            with torch.no_grad(), autocast_to(built.autocast, device):
+                hidden = model.hidden(batch.tokens.to(device), batch.lengths)
+                sums[0] += cross_entropy_sum(hidden, model.head_weight, batch.labels.to(device))
+            sums[1] += batch.supervised
+        total, supervised = dist.all_reduce_sum(sums).tolist()
+        loss = total / supervised
+        tracker.log(position | {f"eval/{name}/loss": loss, f"eval/{name}/ppl": math.exp(min(loss, 700.0))})
+    if config.eval.num_generate_samples and dist.rank() == 0:
+        documents, which = list(sets.values())[-1]
+        pairs = [documents.prompt_and_target(i) for i in which[: config.eval.num_generate_samples]]
+        e = config.eval
+        answers = generate_ids(
+            model, [prompt for prompt, _ in pairs], tokenizer, e.max_new_tokens, e.temperature, e.top_p,
+            stop_ids=tokenizer.stop_ids(), seed=config.seed, autocast=built.autocast,
+        )  # fmt: skip
+        tracker.samples([
+            position | {"prompt": tokenizer.decode(prompt), "target": tokenizer.decode(target), "generated": answer.text}
+            for (prompt, target), answer in zip(pairs, answers, strict=True)
+        ])  # fmt: skip
+    dist.barrier()
+    model.train()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.agreed = False
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def request(self, number: int, frame: object) -> None:
+        self.number = number
+        dist.log(f"signal {number}: stopping after this step, with a checkpoint (again to stop at once)")
+        for s in self.previous:
+            signal.signal(s, signal.SIG_DFL)
+
+    def agree(self, step: int, device: torch.device) -> None:
+        """Whether any rank was asked to stop; with several GPUs looked at every ten steps, because looking waits."""
+        if dist.world_size() == 1:
+            self.agreed = self.number != 0
+        elif device.type == "cpu" or step % 10 == 0:
+            asked = torch.zeros(65, device=device)
+            asked[self.number] = 1
+            numbers = dist.all_reduce_sum(asked).nonzero().flatten().tolist()
+            self.number, self.agreed = max(numbers), max(numbers) > 0
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+
+def announce(
+    config: Config, out: Path, checkpoint: Path | None, state: TrainerState, built: Built, parameters: dict[str, nn.Parameter],
+    documents: int, total_steps: int, device: torch.device,
+) -> None:  # fmt: skip
+    """Say what is about to happen."""
+    trained, whole = sum(p.numel() for p in parameters.values()), sum(p.numel() for p in built.model.parameters())
+    dist.log(
+        f"{config.model.name}: {whole:,} parameters, {trained:,} trained ({config.method}), {built.dtype} on {device}"
+        f"{f' x {dist.world_size()} processes' if dist.world_size() > 1 else ''}; {documents:,} documents, {total_steps:,} steps -> {out}"
+    )
+    if checkpoint:
+        dist.log(f"resumed from {checkpoint} at step {state.step} of {total_steps}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(load_config(sys.argv[1:])))
