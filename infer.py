@@ -63,11 +63,11 @@ def main(args: Args) -> int:
     check(args)
     rows = [{"prompt": args.prompt}] if args.prompt is not None else read_rows(args.input or "")
     model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, revision=args.revision)
-    data = training_format(args)
+    data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
     prompts = []
     for number, row in enumerate(rows, start=1):
         try:
-            prompts += [prompt_ids(row, data, tokenizer)] * args.num_samples
+            prompts += [tokenizer.encode(ask(row, data, tokenizer)).ids] * args.num_samples
         except RowError as error:
             raise UserError(f"{args.input}:{number}: {error}") from error
     with tqdm.tqdm(desc="generating", unit=" tokens", disable=args.prompt is not None) as bar:
@@ -114,8 +114,8 @@ def read_rows(path: str) -> list[dict]:
     return rows
 
 
-def training_format(args: Args) -> DataConfig:
-    """The data settings of the run that made the model or adapter; plain prompts if no run of ours did."""
+def training_format(args: Args, tokenizer: Tokenizer) -> DataConfig:
+    """The data settings of the run that made the model or adapter; else prompts, in the model's chat form if it has one."""
     for directory in filter(None, (args.adapter, args.model)):
         for name, path in ((STATE, ("config", "data")), ("minilora.json", ("data",))):
             if (Path(directory) / name).is_file():
@@ -124,12 +124,7 @@ def training_format(args: Args) -> DataConfig:
                     values = values[key]
                 known = {f.name for f in dataclasses.fields(DataConfig)}
                 return DataConfig(**{k: v for k, v in values.items() if k in known})
-    return DataConfig(format="prompt")
-
-
-def prompt_ids(row: dict, data: DataConfig, tokenizer: Tokenizer) -> list[int]:
-    """The ids a row is asked with: its columns in the training format, or its "prompt" as a user's turn."""
-    return tokenizer.encode(ask(row, data, tokenizer)).ids
+    return DataConfig(format="prompt", chat=tokenizer.has_template)
 
 
 if __name__ == "__main__":

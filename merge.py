@@ -3,11 +3,8 @@
 Shard by shard and tensor by tensor, so memory holds a few tensors, not the model. Sums are fp32 and cast once.
 """
 
-import contextlib
-import dataclasses
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -6,7 +6,6 @@ below, or a noun of the package.
 
 import hashlib
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from minilora.checkpoint import (
     read_state,
     restore_weights,
     save,
+    set_aside,
     start_directory,
     training_tensors,
 )
@@ -58,6 +58,7 @@ def main(config: Config) -> int:
         dist.log(f"{checkpoint} is finished, all {state.step} steps: nothing to do (another output_dir starts a new run)")
         return 0
 
+    checkpoint = set_aside(checkpoint, state.step)
     device = dist.default_device()
     dist.init(device)
     torch.use_deterministic_algorithms(config.deterministic)
@@ -71,7 +72,7 @@ def main(config: Config) -> int:
     window = Window(device)
     order = np.empty(0, dtype=np.int64)
 
-    with StopSignal() as stop:
+    with dist.StopSignal() as stop:
         while state.step < total_steps and not stop.agreed:
             epoch, at = divmod(state.step, steps_per_epoch)
             if at == 0 or not len(order):
@@ -138,7 +139,7 @@ def digest(documents: Documents, chosen: np.ndarray) -> str:
     """What the training rows are, so that a run is never continued on others."""
     sha = hashlib.sha256()
     for array in (documents.tokens, documents.supervised, documents.node, documents.offsets, documents.keep, chosen):
-        sha.update(np.ascontiguousarray(array))
+        sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()[:16]
 
 
@@ -167,7 +168,9 @@ def find_checkpoint(config: Config, out: Path, data_digest: str) -> tuple[Path |
     return checkpoint, state
 
 
-def build_trainable(config: Config, checkpoint: Path | None, base: Path, device: torch.device) -> tuple[Built, dict[str, nn.Parameter]]:
+def build_trainable(
+    config: Config, checkpoint: Path | None, base: Path, device: torch.device
+) -> tuple[Built, dict[str, nn.Parameter]]:
     """The model in training mode with the checkpoint's weights, and the parameters to train by name."""
     full = config.method == "full"
     built = build_model(
@@ -322,47 +325,16 @@ def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets,
     model.train()
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.agreed = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def request(self, number: int, frame: object) -> None:
-        self.number = number
-        dist.log(f"signal {number}: stopping after this step, with a checkpoint (again to stop at once)")
-        for s in self.previous:
-            signal.signal(s, signal.SIG_DFL)
-
-    def agree(self, step: int, device: torch.device) -> None:
-        """Whether any rank was asked to stop; with several GPUs looked at every ten steps, because looking waits."""
-        if dist.world_size() == 1:
-            self.agreed = self.number != 0
-        elif device.type == "cpu" or step % 10 == 0:
-            asked = torch.zeros(65, device=device)
-            asked[self.number] = 1
-            numbers = dist.all_reduce_sum(asked).nonzero().flatten().tolist()
-            self.number, self.agreed = max(numbers), max(numbers) > 0
-
-    def __exit__(self, *exception: object) -> None:
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-
 def announce(
     config: Config, out: Path, checkpoint: Path | None, state: TrainerState, built: Built, parameters: dict[str, nn.Parameter],
     documents: int, total_steps: int, device: torch.device,
 ) -> None:  # fmt: skip
     """Say what is about to happen."""
     trained, whole = sum(p.numel() for p in parameters.values()), sum(p.numel() for p in built.model.parameters())
+    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
     dist.log(
-        f"{config.model.name}: {whole:,} parameters, {trained:,} trained ({config.method}), {built.dtype} on {device}"
-        f"{f' x {dist.world_size()} processes' if dist.world_size() > 1 else ''}; {documents:,} documents, {total_steps:,} steps -> {out}"
+        f"{config.model.name}: {whole:,} parameters, {trained:,} trained ({config.method}), {built.dtype} on {device}{processes}"
+        f"; {documents:,} documents, {total_steps:,} steps -> {out}"
     )
     if checkpoint:
         dist.log(f"resumed from {checkpoint} at step {state.step} of {total_steps}")

@@ -1,8 +1,8 @@
 """minilora: fine-tune Mistral- and Llama-family models with LoRA, in code that can be read in an afternoon.
 
-    model, tokenizer = minilora.load("checkpoint-final")
-    logits = model(tokens, lengths)
-    texts = minilora.generate(model, tokenizer, ["..."], max_new_tokens=64)
+model, tokenizer = minilora.load("checkpoint-final")
+logits = model(tokens, lengths)
+texts = minilora.generate(model, tokenizer, ["..."], max_new_tokens=64)
 """
 
 from minilora.build import load

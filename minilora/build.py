@@ -90,7 +90,9 @@ def attach_to_block(block: nn.Module, gradient_checkpointing: bool, compile_bloc
         recompute = torch.utils.checkpoint.checkpoint
         forward = block.forward
         # non-reentrant: works although the block's input, from a frozen embedding, needs no gradient
-        block.forward = lambda *args: recompute(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+        block.forward = lambda *args: (
+            recompute(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+        )
 
 
 def load(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.config import Config, LoraConfig, RunError, UserError, leaves
+from minilora.dist import rank
 from minilora.lora import adapter_state, from_peft_config, load_adapter_state, to_peft_config
 from minilora.tokenizer import Tokenizer
 from minilora.weights import open_safetensors, read_json, save_config, save_weights
@@ -76,7 +77,9 @@ def start_directory(out: Path, config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob(".tmp-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(
+        json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def is_complete(directory: Path) -> bool:
@@ -98,6 +101,16 @@ def newest(out: Path) -> Path | None:
     """The checkpoint that `resume="auto"` continues from."""
     final = out / "checkpoint-final"
     return final if is_complete(final) else next(iter(step_checkpoints(out)[::-1]), None)
+
+
+def set_aside(checkpoint: Path | None, step: int) -> Path | None:
+    """A finished run that goes on (more epochs): its final checkpoint becomes a step checkpoint, and nothing is lost."""
+    if checkpoint is None or checkpoint.name != "checkpoint-final":
+        return checkpoint
+    renamed = checkpoint.with_name(f"checkpoint-{step}")
+    if rank() == 0 and not renamed.exists():
+        os.rename(checkpoint, renamed)
+    return renamed
 
 
 def prune(out: Path, limit: int | None) -> None:
@@ -177,8 +190,7 @@ def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, mas
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not state:
             raise UserError(f"{directory / TENSORS}: no optimizer state for {name}")
-        # step counters stay on the CPU unless the optimizer is fused, as torch's own load_state_dict has it
-        optimizer.state[p] = {k: v.clone() if k == "step" and p.device.type == "cpu" else v.to(p.device, copy=True) for k, v in state.items()}
+        optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
 
 
 def restore_weights(directory: Path, model: nn.Module, config: Config) -> None:

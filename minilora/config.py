@@ -1,7 +1,7 @@
 """The run's configuration: dataclasses, config files, command-line flags and their validation.
 
-A config file is Python that defines `config = Config(...)` with only what differs from the defaults; flags such as
-`--train.learning_rate 1e-4` are laid over it. Every mistake is a `UserError` before any file is written.
+A config file is Python that defines `config = Config(...)` with only what differs from the defaults; flags are laid over
+it. Every mistake is a `UserError` before any file is written.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
 import typeguard
+import tyro
 
 
 class UserError(Exception):
@@ -278,7 +278,7 @@ def load_config(argv: list[str]) -> Config:
     if argv and not argv[0].startswith("-"):
         base, argv = load_config_file(argv[0]), argv[1:]
     elif not any(arg in ("-h", "--help") for arg in argv):
-        raise UserError("no config file given; usage: train.py CONFIG.py [--section.field value ...], e.g. configs/tiny.py")
+        raise UserError("no config file given; usage: train.py CONFIG.py [--section.field value ...]")
     booleans = {name for name, value in leaves(base).items() if isinstance(value, bool)}
     spelled: list[str] = []
     for i, arg in enumerate(argv):  # `--plan` alone means `--plan True`
@@ -314,7 +314,7 @@ def validate(config: Config) -> None:
         (not 0 <= t.min_lr_ratio <= 1, "train.min_lr_ratio must be in [0, 1]"),
         (t.min_lr_ratio > 0 and t.lr_scheduler.startswith("constant"), "train.min_lr_ratio needs lr_scheduler cosine or linear"),
         (t.max_grad_norm < 0, "train.max_grad_norm must not be negative (0 turns clipping off)"),
-        (min(t.logging_steps, e.eval_steps, t.save_steps or 1) < 1, "logging_steps, eval_steps and save_steps must be at least 1"),
+        (min(t.logging_steps, e.eval_steps, t.save_steps or 1) < 1, "logging_steps, eval_steps, save_steps must be at least 1"),
         (t.save_total_limit is not None and t.save_total_limit < 1, "train.save_total_limit must be at least 1"),
         (d.max_seq_length < 2, "data.max_seq_length must be at least 2"),
         (d.train_size is not None and d.train_size < 1, "data.train_size must be at least 1"),

@@ -204,8 +204,7 @@ def _tokenise_file(path: str, data: DataConfig, tokenizer: Tokenizer) -> Documen
     counts.kept = len(rows)
     probability = keep_probabilities(counter)
     keep = [probability[edge] if data.edge_dropping else 1.0 for row_edges in edges for edge in row_edges]
-    empty = ([], [], [], [])
-    line, ids, supervised, node = zip(*rows) if rows else empty
+    line, ids, supervised, node = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
     return Documents(
         tokens=np.concatenate([*ids, np.empty(0, np.int32)]), supervised=np.concatenate([*supervised, np.empty(0, bool)]),
         node=np.concatenate([*node, np.empty(0, np.int32)]), offsets=np.cumsum([0, *map(len, ids)], dtype=np.int64),
@@ -226,7 +225,9 @@ def _map_chunks(chunks: list, path: str, data: DataConfig, tokenizer: Tokenizer)
         return
     # forked workers inherit the tokenizer; elsewhere they import and receive it
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(data.num_workers, context, _start_worker, (data, str(tokenizer.directory), tokenizer.chat_template)) as pool:
+    with ProcessPoolExecutor(
+        data.num_workers, context, _start_worker, (data, str(tokenizer.directory), tokenizer.chat_template)
+    ) as pool:
         yield from pool.map(_tokenise_chunk, chunks)
 
 
@@ -291,7 +292,8 @@ def _cache_directory() -> Path:
 
 
 def _cache_key(path: str, data: DataConfig, tokenizer: Tokenizer) -> str:
-    settings = {k: v for k, v in asdict(data).items() if k not in ("train_file", "eval_file", "train_size", "eval_size", "shuffle", "strict", "num_workers")}  # fmt: skip
+    unrelated = ("train_file", "eval_file", "train_size", "eval_size", "shuffle", "strict", "num_workers")
+    settings = {k: v for k, v in asdict(data).items() if k not in unrelated}
     digest = hashlib.sha256(json.dumps([settings, path, tokenizer.chat_template], sort_keys=True).encode())
     code = [Path(__file__).with_name(f"{name}.py") for name in ("data", "examples", "labels", "tokenizer")]
     for file in [Path(path), *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:

@@ -58,7 +58,9 @@ def _fill(template: str, row: dict) -> str:
     try:
         return template.format(**row)
     except KeyError as error:
-        raise RowError("malformed", f"column {error} of the template is missing; the row has {', '.join(map(repr, row))}") from error
+        raise RowError(
+            "malformed", f"column {error} of the template is missing; the row has {', '.join(map(repr, row))}"
+        ) from error
     except (IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"data.prompt_template / response_template: {error} (write {{{{ and }}}} for literal braces)") from error
 
@@ -72,7 +74,7 @@ def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
         for j, node in enumerate(path):
             if not isinstance(node, str) or not node.strip() or "\n" in node or ARROW in node:
                 raise RowError("malformed", f'"paths"[{i}][{j}]: {node!r} is not a name (a string without newline or "{ARROW}")')
-    prompt = f"Title: {_string(row, 'title')}\n{_string(row, 'abstract')}"
+    prompt = _article(row)
     nodes, at = [], 0
     for path in paths:
         for j, node in enumerate(path):
@@ -80,9 +82,28 @@ def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
                 nodes.append((at, at + len(node)))
             at += len(node) + (len(ARROW) if j + 1 < len(path) else 1)
     response = "".join(ARROW.join(path) + "\n" for path in paths)
-    if not data.chat:
-        prompt += "\n"
-    return _prompt_response(prompt, response, data, tokenizer, nodes, path_edges(paths))
+    return _prompt_response(prompt if data.chat else prompt + "\n", response, data, tokenizer, nodes, path_edges(paths))
+
+
+def _article(row: dict) -> str:
+    return f"Title: {_string(row, 'title')}\n{_string(row, 'abstract')}"
+
+
+def ask(row: dict, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """The text that asks a model for a row's response, in the form `build` trains it in. A row with only a "prompt" is
+    a user's turn whatever the format (format text: plain text). Raises RowError naming the field."""
+    if data.format == "messages" and "messages" in row:
+        turns = row["messages"]
+        return tokenizer.render(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
+    if data.format == "text":
+        text = _string(row, "prompt" if "prompt" in row else "text")
+        head, marker, _ = text.rpartition(data.response_marker or "\0")
+        return head + marker if marker else text
+    if data.format == "paths" and "title" in row:
+        prompt = _article(row) if data.chat else _article(row) + "\n"
+    else:
+        prompt = _fill(data.prompt_template, row) if data.format == "prompt" else _string(row, "prompt")
+    return tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True) if data.chat else prompt
 
 
 def _prompt_response(

@@ -8,6 +8,7 @@ distinct edges. All tokens of the node are kept or dropped together, anew in eac
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,7 +20,7 @@ Span = tuple[int, int]
 
 def path_edges(paths: Iterable[Sequence[str]]) -> list[Edge]:
     """Every occurrence of an edge, in the order of the text: path by path, root to leaf."""
-    return [edge for path in paths for edge in zip(path[:-1], path[1:])]
+    return [edge for path in paths for edge in pairwise(path)]
 
 
 def keep_probabilities(counts: Counter[Edge]) -> dict[Edge, float]:

@@ -21,8 +21,8 @@ PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's path in ad
 UNSUPPORTED = {
     "bias": ("none",), "use_dora": (False,), "modules_to_save": (None, []), "rank_pattern": ({},), "alpha_pattern": ({},),
     "layers_to_transform": (None,), "layer_replication": (None,), "fan_in_fan_out": (False,), "lora_bias": (False,),
-    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,), "alora_invocation_tokens": (None,),
-    "exclude_modules": (None, []), "megatron_config": (None,),
+    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,), "megatron_config": (None,),
+    "alora_invocation_tokens": (None,), "exclude_modules": (None, []),
 }  # fmt: skip
 
 

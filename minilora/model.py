@@ -9,8 +9,9 @@ F feed-forward, V vocabulary. There is no batch axis and no padding: `lengths` s
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,16 @@ from torch import Tensor, nn
 
 from minilora.config import UserError
 
-# (layer, q [T, H, E], k [T, K, E], v [T, K, E], window) -> [T, H, E]
-Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
+
+class Attend(Protocol):
+    """How tokens see each other: inside packed documents here, over a cache in generate.py."""
+
+    positions: Tensor  # [T], of each token in its document
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q [T, H, E], k and v [T, K, E], the layer's sliding window -> [T, H, E]."""
+        ...
+
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # config.json keys that change no number here: bookkeeping, defaults of generation, and what the tokenizer owns
@@ -195,8 +204,8 @@ class PackedAttention:
             return self.kernel(q, k, v, self.cu_seqlens, max(self.lengths), window)
         if len(self.lengths) == 1:
             return attend_one(q, k, v, window)
-        documents = zip(*(x.split(self.lengths) for x in (q, k, v)))
-        return torch.cat([attend_one(*document, window) for document in documents])
+        qs, ks, vs = (x.split(self.lengths) for x in (q, k, v))
+        return torch.cat([attend_one(*document, window) for document in zip(qs, ks, vs, strict=True)])
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -219,11 +228,12 @@ def _varlen_kernel():
         groups = q.shape[1] // k.shape[1]
         if by_window:  # the left side counts the tokens before the query
             sides = (-1 if window is None else window - 1, 0)
-            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=sides, enable_gqa=groups > 1)
+            out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=sides, enable_gqa=groups > 1)
+            return cast(Tensor, out)
         if window is not None and longest > window:
             raise UserError(f"a document of {longest} tokens is beyond the sliding window {window}: needs torch >= 2.12")
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu, cu, longest, longest, is_causal=True)
+        return cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, is_causal=True))  # type: ignore[call-arg]
 
     return kernel
 
@@ -299,7 +309,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, attend: "Attend | PackedAttention") -> Tensor:
+    def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # [T, D]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # fp32 masters: the residual stream is 16-bit too

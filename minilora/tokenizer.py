@@ -171,7 +171,7 @@ class Tokenizer:
     """A model's tokenizer and chat template.
 
     Attributes: bos_id, eos_id (None if the model has none), bos_token, eos_token, vocab_size, adds_bos, chat_template,
-    specials (text of each special token -> id).
+    has_template (given or the model's own, not the built-in), specials (text of each special token -> id).
     """
 
     def __init__(self, directory: str | Path, chat_template: str | None = None):
@@ -195,7 +195,9 @@ class Tokenizer:
         if adds_bos is None:
             adds_bos = isinstance(self.backend, _SentencePiece) or self.backend.first_of_empty == [self.bos_id]
         self.adds_bos = bool(adds_bos) and self.bos_id is not None
-        self.chat_template = chat_template or self._own_template(config) or MISTRAL_TEMPLATE
+        template = chat_template or self._own_template(config)
+        self.has_template = template is not None
+        self.chat_template = template or MISTRAL_TEMPLATE
         self._compiled = _environment().from_string(self.chat_template)
         self._special_tokens = {k: v for k, v in ((k, _content(v)) for k, v in special.items() if k.endswith("_token")) if v}
         self._special_tokens |= {"bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
@@ -256,7 +258,7 @@ class Tokenizer:
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text in some templates; rendering it changes nothing."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser):
         line = next(parser.stream).lineno

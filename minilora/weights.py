@@ -130,7 +130,9 @@ def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std
         assign(model, path, tensor.to(device, dtype))
 
 
-def write_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensor_of: Callable[[str], Tensor]) -> None:
+def write_safetensors(
+    path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensor_of: Callable[[str], Tensor]
+) -> None:
     """Write a safetensors file one tensor at a time (the library's own writer wants all of them in memory).
 
     The format: 8 bytes of header length, a JSON header of dtype, shape and byte range per name, the tensors' bytes.
@@ -148,7 +150,7 @@ def write_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int
         for name, (dtype, shape) in layout.items():
             tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
             assert tensor.shape == torch.Size(shape), name
-            file.write(tensor.view(-1).view(torch.uint8).numpy())
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

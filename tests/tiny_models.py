@@ -41,7 +41,7 @@ def from_config_json(raw: dict, seed: int = 0) -> PreTrainedModel:
     """transformers' model of a config.json. The weights are large, so that logits are far from uniform and attention far
     from an average; eager attention, so that the reference shares no kernel with minilora."""
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(json.loads(json.dumps(raw)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=config.dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -53,6 +53,16 @@ def from_config_json(raw: dict, seed: int = 0) -> PreTrainedModel:
 def tiny(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     """transformers' tiny random model of a family, with some fields of its config.json changed."""
     return from_config_json(config_json(family, **changes), seed)
+
+
+def in_bfloat16(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A bfloat16 model, and one in float32 with the same (rounded) weights: what the first would give without rounding.
+
+    Not by `model.to(torch.bfloat16)`: it rounds the rotary frequencies too, which no model loaded from files does.
+    """
+    rounded, exact = tiny(family, torch_dtype="bfloat16"), tiny(family)
+    exact.load_state_dict(rounded.state_dict())
+    return rounded, exact
 
 
 def ours(hf_model: PreTrainedModel, raw: dict | None = None) -> CausalLM:

@@ -14,7 +14,8 @@ _HOME = tempfile.TemporaryDirectory(prefix="minilora-tokenizers-")
 
 LLAMA3_TEMPLATE = (
     "{% for message in messages %}"
-    "{% set turn = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% set turn = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' %}"
+    "{% set turn = turn + message['content'] | trim + '<|eot_id|>' %}"
     "{% if loop.first %}{% set turn = bos_token + turn %}{% endif %}{{ turn }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
@@ -45,13 +46,19 @@ WORDS = (
 def corpus() -> list[str]:
     """A few hundred lines of English, Korean and Chinese, some of them category paths."""
     rng = random.Random(0)
-    english = "science physics history of the art museums in France people born cities mathematics theory and quantum music".split()
+    english = (
+        "science physics history of the art museums in France people born cities mathematics theory and quantum music".split()
+    )
     korean = "과학 물리학 역사 예술 박물관 도시 수학 이론 음악 한국어 사람 서울 대학교 문화".split()
     chinese = "科学 物理学 历史 艺术 博物馆 城市 数学 理论 音乐 中文 人物 北京 大学 文化".split()
     lines = []
     for i in range(400):
         words = rng.choices([english, english, korean, chinese][i % 4], k=rng.randint(3, 9))
-        lines.append(" -> ".join(w.capitalize() for w in words) + "\n" if i % 3 == 0 else " ".join(words) + rng.choice([".", ")\n", "!", " 1984."]))
+        lines.append(
+            " -> ".join(w.capitalize() for w in words) + "\n"
+            if i % 3 == 0
+            else " ".join(words) + rng.choice([".", ")\n", "!", " 1984."])
+        )
     return lines
 
 
@@ -80,8 +87,8 @@ def _byte_level(digits: str, trim_offsets: bool, ignore_merges: bool) -> Tokeniz
 @functools.cache
 def mistral() -> Path:
     """Mistral-7B-Instruct-v0.2's tokenizer.model; it has no template of its own here, so the built-in one is used."""
-    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
-    directory = _directory("mistral", config)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    directory = _directory("mistral", {**config, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
     shutil.copyfile(Path(mistral_common.__path__[0]) / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
     return directory
 
@@ -125,7 +132,9 @@ def llama2() -> Path:
     space_out, one_off = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([space_out, decoders.ByteFallback(), decoders.Fuse(), one_off])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return _directory("llama2", config, tokenizer)
 

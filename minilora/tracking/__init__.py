@@ -35,8 +35,12 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.tensorboard = SummaryWriter(str(self.out / "runs"), purge_step=start_step + 1 if start_step else None)
-        self.writers.append(lambda row: [self.tensorboard.add_scalar(k, v, row["step"]) for k, v in _scalars(row).items()])
-        self.writers.append(lambda row: self.tensorboard.flush())
+        self.writers.append(self._write_tensorboard)
+
+    def _write_tensorboard(self, row: dict) -> None:
+        for key, value in _scalars(row).items():
+            self.tensorboard.add_scalar(key, value, row["step"])
+        self.tensorboard.flush()
 
     def _open_wandb(self, config: Config) -> None:
         import wandb

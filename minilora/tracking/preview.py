@@ -31,8 +31,13 @@ def preview(documents: Documents, tokenizer: Tokenizer, count: int, seed: int, o
              "train_labels": train_labels.tolist(), "text": text}
         )  # fmt: skip
         trained, supervised = int((train_labels != IGNORE).sum()), int((labels != IGNORE).sum())
-        print(f"--- example {rows[-1]['index']}: {len(ids)} tokens, {supervised} supervised, {trained} of them trained in epoch 0")
-        kinds = ["prompt" if e == IGNORE else "trained" if t != IGNORE else "dropped" for e, t in zip(labels, train_labels, strict=True)]
+        print(
+            f"--- example {rows[-1]['index']}: {len(ids)} tokens, {supervised} supervised, {trained} of them trained in epoch 0"
+        )
+        kinds = [
+            "prompt" if e == IGNORE else "trained" if t != IGNORE else "dropped"
+            for e, t in zip(labels, train_labels, strict=True)
+        ]
         done: list[int] = []
         for kind, run in groupby(zip(kinds, ids.tolist(), strict=True), key=lambda pair: pair[0]):
             piece = [token for _, token in run]

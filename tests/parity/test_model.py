@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from minilora.config import LoraConfig, UserError
 from minilora.lora import init_adapters, inject, lora_layers
 from minilora.model import CausalLM, DecoderConfig
-from tiny_models import FAMILIES, WINDOW, config_json, from_config_json, ours, random_tokens, tiny
+from tiny_models import FAMILIES, WINDOW, config_json, from_config_json, in_bfloat16, ours, random_tokens, tiny
 
 YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 0.5,
@@ -59,6 +59,7 @@ CASES = {
     "mistral v0.1: layer_types change nothing": ("mistral_v1", {"layer_types": TYPES}),
     "mistral v0.2": ("mistral", {}),
     "mistral: head_dim": ("mistral", {"head_dim": 12}),
+    "mistral: head_dim null": ("mistral", {"head_dim": None}),
     "mistral: kv heads absent": ("mistral", {"num_attention_heads": 16, "num_key_value_heads": ...}),
     "mistral: yarn": ("mistral", {"rope_scaling": YARN}),
     "qwen2": ("qwen2", {}),
@@ -122,14 +123,13 @@ def test_mistral_without_the_window_key_has_4096():
     assert_same(ours(hf, config_json("mistral", sliding_window=..., **small))(tokens), expected)
     without = ours(hf, config_json("mistral", sliding_window=None, **small))(tokens)
     assert_same(without[:4096], expected[:4096])
-    assert (without - expected)[4096:].abs().amax(dim=-1).min() > 1e-3
+    assert (without - expected)[4096:].abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_every_rope_setting_is_visible_in_the_logits():
     """Else two of the cases above could agree with transformers only because their setting changes nothing here."""
-    tokens, hf = random_tokens(80), tiny("llama3", head_dim=24)
-    logits = [ours(hf, config_json("llama3", head_dim=24, **changes))(tokens) for changes in ROPES.values()]
+    logits = [reference(tiny("llama3", head_dim=24, **changes), random_tokens(80)) for changes in ROPES.values()]
     for (i, first), (j, second) in itertools.combinations(enumerate(logits), 2):
         assert (first - second).abs().max() > 1e-2, (list(ROPES)[i], list(ROPES)[j])
 
@@ -249,8 +249,7 @@ def test_checkpointed_blocks_give_the_same_gradients(hf_llama: PreTrainedModel):
 
 @torch.no_grad()
 def test_bfloat16_is_as_exact_as_in_transformers():
-    hf, tokens = tiny("llama3"), random_tokens(60)
-    exact = reference(hf, tokens)
-    hf = hf.to(torch.bfloat16)
+    (hf, hf_exact), tokens = in_bfloat16("llama3"), random_tokens(60)
+    exact = reference(hf_exact, tokens)
     theirs, mine = ((logits.float() - exact).square().mean() for logits in (reference(hf, tokens), ours(hf)(tokens)))
     assert 0 < mine < 1.5 * theirs

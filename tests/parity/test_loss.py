@@ -1,0 +1,211 @@
+"""The chunked loss against float64 cross-entropy over full logits."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import minilora.loss
+from minilora.loss import cross_entropy_sum
+from tiny_models import VOCAB, ours, random_tokens, tiny
+
+D = 16
+
+
+def example(rows: int, supervised: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [rows, D], weight [VOCAB, D] and labels [rows], a share of them supervised, the first never."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight = torch.randn(rows, D, generator=generator), torch.randn(VOCAB, D, generator=generator)
+    labels = torch.randint(VOCAB, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) >= supervised] = -100
+    labels[0] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def expected(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient of hidden and gradient of weight, in float64 with all logits at once."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    loss = F.cross_entropy((h @ w.t())[:-1], labels[1:], reduction="sum", ignore_index=-100)
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+def assert_equals_float64(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    loss = cross_entropy_sum(hidden, weight, labels)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    actual = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+    for mine, reference in zip(actual, expected(hidden, weight, labels), strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+class Allocated(TorchDispatchMode):
+    """The shapes of all tensors that operations put into new memory (so no views, nothing done in place)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        outputs = [x for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, Tensor)]
+        self.shapes += [tuple(x.shape) for x in outputs if x.untyped_storage().data_ptr() not in inputs]
+        return out
+
+    def largest(self) -> int:
+        return max(math.prod(shape) for shape in self.shapes)
+
+
+@pytest.fixture
+def chunk_rows(monkeypatch: pytest.MonkeyPatch):
+    """Sets the number of rows whose logits are held at a time."""
+    return lambda rows: monkeypatch.setattr(minilora.loss, "CHUNK_ELEMENTS", rows * VOCAB)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 5, 7, 8, 20, 39, 40, 1000])  # 39 supervised rows; 0: a chunk smaller than one row
+def test_equals_float64_in_any_chunks(chunk: int, chunk_rows):
+    chunk_rows(chunk)
+    assert_equals_float64(*example(40, supervised=1.0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_float64_at_any_supervision(seed: int, chunk_rows):
+    draw = random.Random(seed)
+    chunk_rows(draw.randint(1, 12))
+    assert_equals_float64(*example(draw.randint(2, 60), supervised=draw.random()))
+
+
+@pytest.mark.parametrize("position", [1, 20, 39])
+def test_one_supervised_token(position: int):
+    hidden, weight, labels = example(40)
+    labels[labels != -100] = -100
+    labels[position] = 5
+    assert_equals_float64(hidden, weight, labels)
+    (grad,) = torch.autograd.grad(cross_entropy_sum(hidden, weight, labels), hidden)
+    assert grad.any(dim=1).nonzero().flatten().tolist() == [position - 1]  # the token before predicts it
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_supervised_token(rows: int):
+    hidden, weight, labels = example(rows, supervised=0.0)
+    loss = cross_entropy_sum(hidden, weight, labels)
+    assert loss.item() == 0
+    for grad, of in zip(torch.autograd.grad(loss, (hidden, weight)), (hidden, weight), strict=True):
+        assert grad.shape == of.shape and not grad.any()
+
+
+def test_large_logits_are_finite():
+    hidden, weight, labels = example(20)
+    with torch.no_grad():
+        hidden.mul_(1e4)
+    assert_equals_float64(hidden, weight, labels)
+
+
+def test_the_gradient_is_scaled_by_what_follows():
+    hidden, weight, labels = example(30)
+    grads = torch.autograd.grad(cross_entropy_sum(hidden, weight, labels) / 7, (hidden, weight))
+    for grad, reference in zip(grads, expected(hidden, weight, labels)[1:], strict=True):
+        torch.testing.assert_close(grad.double(), reference / 7, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])  # float32: masters of a full fine-tuning
+def test_bfloat16_hidden(weight_dtype: torch.dtype, chunk: int, chunk_rows):
+    """Products are rounded to bf16, all else is exact: the sum of losses, the softmax, the sum of the chunks' gradients."""
+    chunk_rows(chunk)
+    hidden, weight, labels = example(60)
+    hidden = hidden.detach().to(torch.bfloat16).requires_grad_()
+    weight = (0.3 * weight.detach()).to(torch.bfloat16).to(weight_dtype).requires_grad_()
+    loss = cross_entropy_sum(hidden, weight, labels)
+    logits = (hidden.detach() @ weight.detach().to(torch.bfloat16).t()).double()
+    torch.testing.assert_close(loss.double(), F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), rtol=1e-5, atol=0)
+    for of, reference in zip((hidden, weight), expected(hidden, weight, labels)[1:], strict=True):
+        (grad,) = torch.autograd.grad(loss, of, retain_graph=True)
+        assert grad.dtype == of.dtype
+        print((grad.double() - reference).norm() / reference.norm())
+        assert (grad.double() - reference).norm() < 1e-2 * reference.norm()
+
+
+def test_bfloat16_gradients_have_no_bias_from_the_division():
+    """1/3 rounded to bf16 is 0.2% too large: it would be so for every gradient of the step."""
+    hidden, weight, labels = example(60)
+    hidden = hidden.detach().to(torch.bfloat16).requires_grad_()
+    whole, third = (torch.autograd.grad(cross_entropy_sum(hidden, weight, labels) / n, hidden)[0].double() for n in (1, 3))
+    assert abs(3 * (third * whole).sum() / whole.square().sum() - 1) < 5e-4
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_tied_weights_get_both_gradients(family: str):
+    hf = tiny(family, tie_word_embeddings=True)
+    model, tokens = ours(hf), random_tokens(30)
+    labels = torch.where(torch.arange(30) < 12, -100, tokens)
+    loss = cross_entropy_sum(model.hidden(tokens), model.head_weight, labels)
+    reference = F.cross_entropy(hf(tokens.unsqueeze(0)).logits[0, :-1], labels[1:], reduction="sum")
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    loss.backward()
+    reference.backward()
+    grads = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-5 * grads[name].abs().max().item(), msg=name)
+
+
+def test_no_tensor_is_as_large_as_the_logits(chunk_rows):
+    chunk_rows(4)
+    hidden, weight, labels = example(200, supervised=0.5)
+    with Allocated() as chunked:
+        cross_entropy_sum(hidden, weight, labels).backward()
+    assert chunked.largest() <= max(hidden.numel(), weight.numel(), 4 * VOCAB)
+    with Allocated() as full:
+        F.cross_entropy((hidden @ weight.t())[:-1], labels[1:], reduction="sum").backward()
+    assert full.largest() == 200 * VOCAB  # the measure sees them where they are made
+
+
+def test_only_supervised_rows_meet_the_vocabulary():
+    hidden, weight, labels = example(200, supervised=0.1)
+    with Allocated() as made:
+        cross_entropy_sum(hidden, weight, labels)
+    supervised = int((labels != -100).sum())
+    assert 0 < supervised < 40
+    assert {shape for shape in made.shapes if shape[-1:] == (VOCAB,)} == {(supervised, VOCAB)}
+
+
+def test_a_frozen_weight_costs_no_gradient():
+    hidden, weight, labels = example(40)
+    weight.requires_grad_(False)
+    with Allocated() as made:
+        cross_entropy_sum(hidden, weight, labels).backward()
+    assert (VOCAB, D) not in made.shapes
+    torch.testing.assert_close(hidden.grad.double(), expected(hidden, weight, labels)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_an_evaluation_makes_no_gradient():
+    """Under no_grad with trainable weights: the evaluations of a full fine-tuning."""
+    hidden, weight, labels = example(40)
+    with torch.no_grad(), Allocated() as made:
+        loss = cross_entropy_sum(hidden, weight, labels)
+    assert (VOCAB, D) not in made.shapes and not loss.requires_grad
+    torch.testing.assert_close(loss.double(), expected(hidden, weight, labels)[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_documents_add_up(seed: int):
+    lengths = [1, *random.Random(seed).choices(range(1, 15), k=6), 1]
+    hidden, weight, labels = example(sum(lengths))
+    for document in labels.split(lengths):
+        document[0] = -100
+    whole = cross_entropy_sum(hidden, weight, labels)
+    alone = sum(cross_entropy_sum(h, weight, y) for h, y in zip(hidden.split(lengths), labels.split(lengths), strict=True))
+    torch.testing.assert_close(whole, alone)
+    for together, summed in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (whole, alone)), strict=True):
+        torch.testing.assert_close(together, summed, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_changes_nothing():
+    """A trainer's autocast region must not turn the sums into bf16."""
+    hidden, weight, labels = example(40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equals_float64(hidden, weight, labels)
