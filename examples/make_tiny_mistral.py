@@ -1,8 +1,8 @@
 """Make examples/tiny-mistral: python examples/make_tiny_mistral.py (about four minutes on two cores).
 
 Out of examples/wiki/train.jsonl come a byte-fallback BPE tokenizer by sentencepiece and a plain-text corpus (the articles,
-and the category tree in words); then this project's own train.py runs configs/tiny_base.py. The base has read the articles of the training file and the
-names in the tree, but never a category path, nor any article of the evaluation and test files.
+and the category tree in words); then this project's own train.py runs configs/tiny_base.py. The base has read the articles
+of the training file and the names in the tree, but never a category path, nor an article of the evaluation and test files.
 """
 
 import itertools
@@ -67,8 +67,8 @@ def main() -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for t in texts for line in t.split("\n")] + ["[INST] Title: [/INST] a -> b -> c"] * 20),
         model_prefix=str(SOURCE / "tokenizer"), vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True,
-        character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
-        num_threads=1, minloglevel=2,
+        character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
     )  # fmt: skip
     if code := train.main(load_config([str(ROOT / "configs/tiny_base.py"), *sys.argv[1:]])):
         sys.exit(code)

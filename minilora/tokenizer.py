@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,11 +63,8 @@ class _SentencePiece:
         self.is_byte = [self.processor.is_byte(i) for i in range(self.size)]
         control = [i for i in range(self.size) if self.processor.is_control(i) or self.processor.is_unknown(i)]
         self.specials = {self.pieces[i]: i for i in control}
-        self.added: dict[int, str] = {}
         for i, token in config.get("added_tokens_decoder", {}).items():
             self.specials[token["content"]] = int(i)
-            if int(i) >= self.size:
-                self.added[int(i)] = token["content"]
         # transformers' "legacy": every stretch of text after a special token starts with a space, not just the first
         self.legacy = config.get("legacy") is not False
         self.dummy_prefix = self.processor.encode("a", out_type=str)[0].startswith("▁")
@@ -129,18 +127,8 @@ class _SentencePiece:
                 "in it; use a tokenizer.json of this model, or one trained with normalization_rule_name=identity"
             )
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        text = ""
-        run: list[int] = []
-        control = set(self.specials.values())
-        for i in [*ids, -1]:
-            if i >= 0 and i not in control:
-                run.append(i)
-                continue
-            text, run = text + (self.processor.decode(run) if run else ""), []
-            if i >= 0 and not skip_special:
-                text += self.added.get(i) or self.pieces[i]
-        return text
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
 
 
 class _Fast:
@@ -163,8 +151,8 @@ class _Fast:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return Encoding(encoding.ids, encoding.offsets)
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 class Tokenizer:
@@ -188,6 +176,7 @@ class Tokenizer:
         except Exception as error:  # both libraries raise bare exceptions of their own
             raise UserError(f"{fast if fast.is_file() else model}: not a readable tokenizer: {error}") from error
         self.vocab_size, self.specials = self.backend.size, self.backend.specials
+        self._special_text = {i: token for token, i in self.specials.items()}
         special = {**_read_json(self.directory / "special_tokens_map.json"), **config}
         self.bos_token, self.bos_id = self._special(special, "bos_token", "<s>")
         self.eos_token, self.eos_id = self._special(special, "eos_token", "</s>")
@@ -224,8 +213,14 @@ class Tokenizer:
         return Encoding(ids, spans)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids. Some tokenizers drop a leading space: see `decode_after` for a continuation."""
-        return self.backend.decode(ids, skip_special_tokens)
+        """Text of ids. Some tokenizers drop the space each stretch of text begins with: see `decode_after`."""
+        text = ""
+        for token, run in groupby(ids, key=self._special_text.get):
+            if token is None:
+                text += self.backend.decode([int(i) for i in run])
+            elif not skip_special_tokens:
+                text += token * len(list(run))
+        return text
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Text that `ids` add after `prompt`, its leading space kept."""

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -171,14 +172,13 @@ def test_a_missing_config_file_is_named(tmp_path):
 
 
 def test_numbers_and_lists_stand_in_where_nothing_is_lost(parsed):
-    body = 'config = Config(data=DataConfig(train_file="t"), lora=LoraConfig(alpha=8, target_modules=["q_proj"]), train=TrainConfig(epochs=3))\n'
-    config = parsed(body=body)
+    config = parsed(body=MINIMAL + 'config.lora = LoraConfig(alpha=8, target_modules=["q_proj"])\nconfig.train.epochs = 3\n')
     assert (config.lora.alpha, config.lora.target_modules, config.train.epochs) == (8, ("q_proj",), 3)
 
 
 def test_a_config_file_may_compute(parsed):
-    body = 'config = Config(data=DataConfig(train_file="t"))\nfor name in ("save_steps", "logging_steps"):\n    setattr(config.train, name, 7)\n'
-    assert (parsed(body=body).train.save_steps, parsed(body=body).train.logging_steps) == (7, 7)
+    config = parsed(body=MINIMAL + "for name in ('save_steps', 'logging_steps'):\n    setattr(config.train, name, 7)\n")
+    assert (config.train.save_steps, config.train.logging_steps) == (7, 7)
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.py")), ids=lambda file: file.name)
@@ -245,10 +245,10 @@ def test_values_out_of_range_and_contradictions_are_named(flags, fields, parsed)
 @pytest.mark.parametrize(
     "flags",
     [
-        "--method full", "--method full --model.init random", "--train.warmup_steps 0", "--train.warmup_ratio 0", "--train.max_grad_norm 0",
-        "--train.min_lr_ratio 0.1 --train.lr_scheduler linear", "--data.format text --data.response_marker A:", "--data.format text",
-        "--eval.temperature 0", "--eval.top_p 1", "--eval.num_generate_samples 0", "--data.max_seq_length 2", "--train.save_steps 1",
-        "--train.epochs 0.01", "--train.max_steps 1",
+        "--method full", "--method full --model.init random", "--train.warmup_steps 0", "--train.warmup_ratio 0",
+        "--train.max_grad_norm 0", "--train.min_lr_ratio 0.1 --train.lr_scheduler linear", "--train.save_steps 1",
+        "--train.epochs 0.01", "--train.max_steps 1", "--data.format text", "--data.format text --data.response_marker A:",
+        "--data.max_seq_length 2", "--eval.temperature 0", "--eval.top_p 1", "--eval.num_generate_samples 0",
     ],
 )  # fmt: skip
 def test_values_at_the_edge_are_accepted(flags, parsed):
@@ -266,7 +266,7 @@ def docstrings() -> dict[str, str]:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
             by_class[node.name] = {
                 field.target.id: after.value.value
-                for field, after in zip(node.body, node.body[1:])
+                for field, after in pairwise(node.body)
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
                 and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
             }  # fmt: skip

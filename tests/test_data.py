@@ -158,7 +158,7 @@ def test_every_line_is_counted_with_its_place_and_field(format, tmp_path):
         )
     for reason, messages in counts.dropped.items():
         assert f"{len(messages)} {reason}" in table
-        assert all(message in table for message in messages[:3]) and ("more" in table or len(rows) < 10)
+        assert all(message in table for message in messages[:3])
 
 
 def test_the_table_shows_a_few_places_of_many(tmp_path):

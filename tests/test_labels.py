@@ -6,8 +6,8 @@ The references are written here from the contract, loop by loop and character by
 import functools
 import json
 import random
-from itertools import pairwise
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np

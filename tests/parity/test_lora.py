@@ -271,13 +271,6 @@ def test_only_adapters_are_trained(llama: CausalLM):
     assert len(trained) == 2 * 2 * 7
 
 
-def test_injecting_keeps_the_mode(llama: CausalLM):
-    """Else the dropout of an adapter loaded for inference is on."""
-    for training in (False, True):
-        inject(llama.train(training), LoraConfig(rank=4, target_modules=ATTENTION if training else ("k_proj",)))
-        assert {module.training for module in llama.modules()} == {training}
-
-
 def test_dropout(hf_llama: PreTrainedModel):
     lora = LoraConfig(rank=4, dropout=0.5)
     model = with_adapters(hf_llama, lora)
@@ -331,3 +324,15 @@ def test_initial_adapters_are_a_function_of_the_seed(hf_llama: PreTrainedModel):
             assert not torch.equal(tensor, other[name])
     distinct = {tuple(tensor.flatten()[:8].tolist()) for name, tensor in first.items() if "lora_A" in name}
     assert len(distinct) == len(first) // 2  # no two layers start alike
+
+
+def test_adapters_injected_on_meta_start_like_any_others(llama: CausalLM):
+    """How a model is built: nothing has memory until its weights arrive."""
+    with torch.device("meta"):
+        empty = CausalLM(llama.config)
+    for model in (empty, llama):
+        inject(model, LoraConfig(rank=4))
+        init_adapters(model, 3, torch.device("cpu"))
+    state, expected = adapter_state(empty), adapter_state(llama)
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert all(p.requires_grad == name.endswith(("lora_A", "lora_B")) for name, p in empty.named_parameters())

@@ -112,7 +112,6 @@ def test_the_gradient_is_scaled_by_what_follows():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])  # float32: masters of a full fine-tuning
 def test_bfloat16_hidden(weight_dtype: torch.dtype, chunk: int, chunk_rows):
     """Products are rounded to bf16, all else is exact: the sum of losses, the softmax, the sum of the chunks' gradients."""
@@ -122,12 +121,11 @@ def test_bfloat16_hidden(weight_dtype: torch.dtype, chunk: int, chunk_rows):
     weight = (0.3 * weight.detach()).to(torch.bfloat16).to(weight_dtype).requires_grad_()
     loss = cross_entropy_sum(hidden, weight, labels)
     logits = (hidden.detach() @ weight.detach().to(torch.bfloat16).t()).double()
-    torch.testing.assert_close(loss.double(), F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(logits[:-1], labels[1:], reduction="sum"), rtol=1e-4, atol=0)
     for of, reference in zip((hidden, weight), expected(hidden, weight, labels)[1:], strict=True):
         (grad,) = torch.autograd.grad(loss, of, retain_graph=True)
         assert grad.dtype == of.dtype
-        print((grad.double() - reference).norm() / reference.norm())
-        assert (grad.double() - reference).norm() < 1e-2 * reference.norm()
+        assert (grad.double() - reference).norm() < 3.5e-3 * reference.norm()
 
 
 def test_bfloat16_gradients_have_no_bias_from_the_division():
