@@ -22,7 +22,8 @@ UNSUPPORTED = {
     "bias": ("none",), "use_dora": (False,), "modules_to_save": (None, []), "rank_pattern": ({},), "alpha_pattern": ({},),
     "layers_to_transform": (None,), "layer_replication": (None,), "fan_in_fan_out": (False,), "lora_bias": (False,),
     "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,), "megatron_config": (None,),
-    "alora_invocation_tokens": (None,), "exclude_modules": (None, []),
+    "alora_invocation_tokens": (None,), "exclude_modules": (None, []), "use_bdlora": (None, False), "kasa_config": (None,),
+    "arrow_config": (None,), "monteclora_config": (None,),
 }  # fmt: skip
 
 
@@ -34,6 +35,7 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
+        self.train(base_layer.training)
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, rank, dtype=torch.float32, device=device))
@@ -126,7 +128,7 @@ def to_peft_config(lora: LoraConfig, base_name: str, revision: str | None) -> di
 
 
 def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
-    """A PEFT adapter's settings. The targets are read off the tensor names: `target_modules` may be a pattern.
+    """A PEFT adapter's settings. Where `target_modules` is a pattern, the targets are read off the tensor names.
 
     Raises UserError for a PEFT feature whose arithmetic is not here.
     """
@@ -138,10 +140,15 @@ def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):  # the others change the base weights too
         raise UserError(f"{where}: init_lora_weights = {init!r} changes the base weights and is not supported")
+    if missing := [key for key in ("r", "lora_alpha") if not isinstance(raw.get(key), int | float)]:
+        raise UserError(f"{where}: {missing[0]} is missing or not a number")
     paths = {name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in names if ".lora_" in name}
+    listed = raw.get("target_modules")
+    targets = sorted(listed if isinstance(listed, list) else paths)  # PEFT allows listed names that match nothing
+    used = tuple(t for t in targets if any(p == t or p.endswith("." + t) for p in paths))
     return LoraConfig(
-        rank=raw["r"], alpha=raw["lora_alpha"], dropout=raw.get("lora_dropout", 0.0),
-        target_modules=tuple(sorted({path.split(".")[-1] for path in paths})), rslora=raw.get("use_rslora", False),
+        rank=raw["r"], alpha=raw["lora_alpha"], dropout=raw.get("lora_dropout", 0.0), target_modules=used,
+        rslora=raw.get("use_rslora", False),
     )  # fmt: skip
 
 

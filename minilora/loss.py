@@ -45,7 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_hidden is None else grad_hidden * grad_total,  # in fp32, rounded once
             None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype),
             None,
         )
@@ -60,5 +60,7 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     targets = labels[1:]
     rows = (targets != -100).nonzero().squeeze(1)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # a custom function does not notice no_grad by itself
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(hidden[rows], weight, targets[rows])

@@ -81,29 +81,28 @@ class DecoderConfig:
             if get(key, allowed[0]) not in allowed:
                 raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
 
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [key for key in sizes if not isinstance(raw.get(key), int)]:
+            raise UserError(f"{where}: {missing[0]} is missing or not a number")
         only("hidden_act", "silu", "swish")
         only("attention_dropout", 0.0, None)
         only("pretraining_tp", 1, None)
         only("auto_map", None)  # remote code is never run
         only("quantization_config", None)
-        try:
-            hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
-            kv_heads = get("num_key_value_heads", {"llama": None, "mistral": 8}.get(kind, 32)) or heads
-            head_dim = get("head_dim", 128 if kind == "qwen3" else None) or hidden // heads
-            config = cls(
-                vocab_size=get("vocab_size"), hidden_size=hidden, intermediate_size=get("intermediate_size"),
-                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-                rms_norm_eps=get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(get("tie_word_embeddings", False)),
-                rope=_read_rope(get, raw, where), windows=_read_windows(get, kind, layers, where),
-                qkv_bias=kind == "qwen2" or (kind != "mistral" and bool(get("attention_bias", False))),
-                o_bias=kind in ("llama", "qwen3") and bool(get("attention_bias", False)),
-                mlp_bias=kind == "llama" and bool(get("mlp_bias", False)), qk_norm=kind == "qwen3",
-                initializer_range=raw.get("initializer_range", 0.02),
-                unknown_keys=tuple(sorted(set(raw) - seen - IGNORED_KEYS)),
-            )  # fmt: skip
-        except TypeError as error:  # None where a number is needed
-            missing = [k for k in ("hidden_size", "num_attention_heads", "num_hidden_layers") if k not in raw]
-            raise UserError(f"{where}: {', '.join(missing) or error} missing") from error
+        hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
+        kv_heads = get("num_key_value_heads", {"llama": None, "mistral": 8}.get(kind, 32)) or heads
+        head_dim = get("head_dim", 128 if kind == "qwen3" else None) or hidden // heads
+        config = cls(
+            vocab_size=get("vocab_size"), hidden_size=hidden, intermediate_size=get("intermediate_size"),
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+            rms_norm_eps=get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(get("tie_word_embeddings", False)),
+            rope=_read_rope(get, raw, where), windows=_read_windows(get, kind, layers, where),
+            qkv_bias=kind == "qwen2" or (kind != "mistral" and bool(get("attention_bias", False))),
+            o_bias=kind in ("llama", "qwen3") and bool(get("attention_bias", False)),
+            mlp_bias=kind == "llama" and bool(get("mlp_bias", False)), qk_norm=kind == "qwen3",
+            initializer_range=raw.get("initializer_range", 0.02),
+            unknown_keys=tuple(sorted(set(raw) - seen - IGNORED_KEYS)),
+        )  # fmt: skip
         if heads % kv_heads:
             raise UserError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         return config
@@ -114,6 +113,8 @@ def _read_rope(get, raw: dict, where: str) -> dict:
     rope = {**(get("rope_scaling") or {}), **(get("rope_parameters") or {})}
     rope.setdefault("rope_theta", get("rope_theta", 10_000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if original := get("original_max_position_embeddings"):  # at the top level it comes first, as in transformers
+        rope["original_max_position_embeddings"] = original
     rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
     rope.setdefault("max_position_embeddings", raw.get("max_position_embeddings"))
     if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):

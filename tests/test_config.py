@@ -11,7 +11,8 @@ import pytest
 from minilora import config as config_module
 from minilora.config import Config, UserError, leaves, load_config, run_main
 
-SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING}
+FIELDS = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)}
+SECTIONS = {name: type(value) for name, value in FIELDS.items() if dataclasses.is_dataclass(value)}
 IMPORTS = f"from minilora.config import Config, {', '.join(section.__name__ for section in SECTIONS.values())}\n"
 MINIMAL = 'config = Config(data=DataConfig(train_file="t.jsonl"))\n'
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,18 @@ from minilora.config import DataConfig, UserError
 from minilora.data import Batch, Documents, load_documents, step_order
 from minilora.examples import ask, build
 from minilora.labels import IGNORE
-from minilora.tokenizer import Tokenizer
+from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
 # how each family writes an assistant turn; the group is what the model has to write
 ASSISTANT_TURN = {
     "mistral": r"\[/INST\](.*?</s>)",
     "llama2": r"\[/INST\](.*?</s>)",
+    "metaspace": r"\[/INST\](.*?</s>)",
     "llama3": r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)",
     "qwen": r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)",
 }
-GOOD = {
+GOOD: dict[str, dict] = {
     "paths": {"title": "T", "abstract": "A", "paths": [["a", "b"]]},
     "prompt": {"prompt": "p\n", "completion": "c"},
     "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
@@ -41,7 +43,7 @@ def tokenizer(name: str) -> Tokenizer:
     return Tokenizer(tiny_tokenizers.BUILDERS[name]())
 
 
-def write(directory: Path, rows: list[object]) -> str:
+def write(directory: Path, rows: Sequence[object]) -> str:
     """A JSONL file; strings and bytes are lines as they are."""
     lines = [
         r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)).encode() for r in rows
@@ -51,12 +53,12 @@ def write(directory: Path, rows: list[object]) -> str:
     return str(file)
 
 
-def load(directory: Path, rows: list[object], of: Tokenizer | None = None, **settings) -> Documents:
+def load(directory: Path, rows: Sequence[object], of: Tokenizer | None = None, **settings) -> Documents:
     data = DataConfig(**{"num_workers": 1, **settings})
     return load_documents(write(directory, rows), data, of or tokenizer("mistral"), "train_file")
 
 
-def turns(*contents: str, system: str | None = None, train: tuple[bool, ...] = ()) -> dict:
+def turns(*contents: str, system: str | None = None, train: tuple = ()) -> dict:
     """A row of format messages: user and assistant in turn; train: flags of the assistant's turns."""
     messages: list[dict] = [{"role": "system", "content": system}] if system is not None else []
     for i, content in enumerate(contents):
@@ -87,7 +89,7 @@ def supervised_text(documents: Documents, i: int, text: str, of: Tokenizer) -> l
 
 # ---- counts
 
-BAD = {
+BAD: dict[str, list[tuple]] = {
     "paths": [
         (b'{"title": "T", ', "malformed", "not JSON"),
         (b'{"title": "\xff\xfe"}', "malformed", "not JSON"),
@@ -270,7 +272,7 @@ SYSTEM = [turns("q", "a", "r", "b", system="Be brief."), turns("q", "a", system=
 def test_every_assistant_turn_is_supervised_unless_it_says_otherwise(name, row, tmp_path):
     """Pitfall row 7: the reference finds the turns in the rendered text by the family's own markers."""
     of = tokenizer(name)
-    if row in SYSTEM and name in ("mistral", "llama2"):
+    if row in SYSTEM and of.chat_template == MISTRAL_TEMPLATE:
         with pytest.raises(UserError, match="alternation"):
             of.render(row["messages"])
         return
@@ -313,6 +315,17 @@ def test_a_template_that_rewrites_earlier_turns_is_counted(tmp_path):
         assert supervised_text(documents, i, of.render(rows[i + 1]["messages"]), of) == expected
 
 
+def test_a_template_that_ends_earlier_turns_differently_is_counted(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '' if loop.last and m.role == 'assistant' else '<|im_end|>' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    of = Tokenizer(tiny_tokenizers.qwen(), template)
+    documents = load(tmp_path, [turns("q", "one", "r", "two"), turns("q", "one")], of, format="messages")
+    assert documents.index.tolist() == [1] and len(documents.counts.dropped["template rewrites turns"]) == 1
+
+
 def test_a_template_that_changes_the_answer_is_counted(tmp_path):
     of = Tokenizer(tiny_tokenizers.qwen(), "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}")
     documents = load(tmp_path, [turns("q", "lower"), turns("q", "UPPER")], of, format="messages")
@@ -351,7 +364,7 @@ def test_a_model_is_asked_with_the_ids_it_was_trained_on(format, chat, name, tmp
 # ---- too long
 
 LONG = " ".join(f"word{i} 과학 é" for i in range(60))
-LONG_ROWS = {
+LONG_ROWS: dict[str, dict] = {
     "paths": {"title": "T", "abstract": LONG, "paths": [["a", "b"], ["a", "物理学"]]},
     "prompt": {"prompt": LONG + "\n", "completion": "the answer 한국어"},
     "messages": turns("short", "first answer", LONG, "second answer"),
@@ -386,7 +399,7 @@ def test_truncating_leaves_the_line_break_between_prompt_and_response(name, tmp_
     of = tokenizer(name)
     for limit in range(100, 130):
         documents = load(tmp_path, [LONG_ROWS["paths"]], of, chat=False, too_long="truncate", max_seq_length=limit)
-        text = of.decode(documents.ids(0))
+        text = of.decode(documents.ids(0).tolist())
         head, abstract, *response = text.split("\n")
         assert (head, response) == ("Title: T", ["a -> b", "a -> 物理学", ""]) and LONG.startswith(abstract)
         assert documents.counts.straddling == 0

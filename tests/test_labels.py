@@ -6,6 +6,7 @@ The references are written here from the contract, loop by loop and character by
 import functools
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ import tiny_tokenizers
 from minilora.config import DataConfig
 from minilora.data import Documents, load_documents
 from minilora.examples import build
-from minilora.labels import IGNORE, draw_kept, keep_probabilities, mark_tokens, path_edges
+from minilora.labels import IGNORE, Edge, draw_kept, keep_probabilities, mark_tokens, path_edges
 from minilora.tokenizer import Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
@@ -90,17 +91,17 @@ def node_of_token(owner: list[int], start: int, end: int) -> int:
     return touched.pop() if touched else -1
 
 
-def edge_counts(all_paths: list[list[list[str]]]) -> dict[tuple[str, str], int]:
-    counts: dict[tuple[str, str], int] = {}
+def edge_counts(all_paths: list[list[list[str]]]) -> Counter[Edge]:
+    counts: Counter[Edge] = Counter()
     for paths in all_paths:
         for path in paths:
             for i in range(1, len(path)):
                 edge = (path[i - 1], path[i])
-                counts[edge] = counts.get(edge, 0) + 1
+                counts[edge] += 1
     return counts
 
 
-def expected_rate(counts: dict[tuple[str, str], int], edge: tuple[str, str]) -> float:
+def expected_rate(counts: Counter[Edge], edge: Edge) -> float:
     mean = sum(counts.values()) / len(counts)
     return 1.0 if counts[edge] <= mean else mean / counts[edge]
 
@@ -144,7 +145,7 @@ def test_the_targets_are_the_response_and_eos(name, chat, tmp_path):
         prompt, target = documents.prompt_and_target(i)
         assert target == documents.ids(i)[supervised].tolist() and target[-1] == of.eos_id
         exact += of.decode_after(prompt, target[:-1]) == (response + of.eos_token)[begin - border : -len(of.eos_token)]
-    lossy = {"mistral": ["▁"], "llama2": ["▁"], "llama3": [], "qwen": ["e\u0301", "\u1112"]}[
+    lossy = {"mistral": ["▁"], "llama2": ["▁"], "metaspace": ["▁"], "llama3": [], "qwen": ["e\u0301", "\u1112"]}[
         name
     ]  # what decodes to something else
     lost = sum(any(mark in node for mark in lossy for path in paths for node in path) for paths in all_paths)
@@ -172,6 +173,32 @@ def test_marks_agree_with_a_character_by_character_reference(name, chat):
         assert set(node.tolist()) - {-1} == set(range(len(example.edges))), "every occurrence has tokens to drop"
         assert example.edges == [(path[i], path[i + 1]) for path in paths for i in range(len(path) - 1)]
         assert ids[np.flatnonzero(supervised)[-1]] == of.eos_id and node[np.flatnonzero(supervised)[-1]] == -1
+
+
+def test_marks_of_any_cut_into_tokens_agree_with_the_reference():
+    """Whatever a vocabulary merges: tokens of up to four characters, across arrows, newlines and the border."""
+    rng = random.Random(9)
+    for _ in range(200):
+        paths = random_paths(rng)
+        prompt, text = "Q: x\n", f"Q: x\n{response_of(paths)}$"
+        example = build(row(paths), DataConfig(chat=False), tokenizer("mistral"))
+        shift = len(prompt) - example.supervised[0][0]
+        nodes = [(begin + shift, end + shift) for begin, end in example.nodes]
+        cuts = [0]
+        while cuts[-1] < len(text):
+            cuts.append(min(cuts[-1] + rng.randint(1, 4), len(text)))
+        spans = list(pairwise(cuts))
+        supervised, node, straddling = mark_tokens(text, spans, [(len(prompt), len(text))], nodes)
+        owner = node_characters(text, paths)
+        assert supervised.tolist() == [start >= len(prompt) for start, _ in spans]
+        assert node.tolist() == [node_of_token(owner, *span) if span[0] >= len(prompt) else -1 for span in spans]
+        assert straddling == (len(prompt) not in cuts)
+
+
+def test_a_token_of_the_prompt_is_part_of_no_node():
+    """Even one that reaches over the border into it: a draw must not count on labels that are not there."""
+    supervised, node, straddling = mark_tokens("pa -> b\n", [(0, 7), (7, 8)], [(1, 8)], [(6, 7)])
+    assert (supervised.tolist(), node.tolist(), straddling) == ([False, True], [-1, -1], 1)
 
 
 @pytest.mark.parametrize("name", ["mistral", "llama2"])
@@ -334,7 +361,7 @@ def test_edges_and_their_probabilities():
     assert path_edges(paths) == [("a", "b"), ("b", "c"), ("a", "b"), ("a", "a")]
     counts = edge_counts([paths])
     assert keep_probabilities(counts) == pytest.approx({edge: expected_rate(counts, edge) for edge in counts})
-    assert keep_probabilities({}) == {}
+    assert keep_probabilities(Counter()) == {}
     rng = random.Random(6)
     many = edge_counts([random_paths(rng) for _ in range(300)])
     found = keep_probabilities(many)

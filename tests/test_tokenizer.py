@@ -16,7 +16,7 @@ from minilora.config import UserError
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
-FAST = ["llama2", "llama3", "qwen"]
+FAST = [name for name in tiny_tokenizers.BUILDERS if name != "mistral"]
 
 PARTS = [
     "The quick fox", "a", "Zoë's naïve café", "Dvořák", "x -> y", "1984", "3.14159", " ", "  ",
@@ -160,7 +160,7 @@ def test_the_bytes_of_a_character_share_its_span(name):
 # ---- BOS
 
 
-@pytest.mark.parametrize("name", ["mistral", "llama2", "llama3"])
+@pytest.mark.parametrize("name", ["mistral", "llama2", "metaspace", "llama3"])
 def test_exactly_one_bos(name):
     tokenizer = ours(name)
     for text in ["", "a", "é -> b\n"]:
@@ -168,7 +168,8 @@ def test_exactly_one_bos(name):
             ids, spans = tokenizer.encode(written)
             assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
             assert spans[0] == (0, len(written) - len(text)), "the added BOS is not in the text"
-        assert tokenizer.encode(text).ids == tokenizer.encode(tokenizer.bos_token + text).ids
+        if name != "metaspace":  # whose dummy space comes before text that begins the string, not after a written <s>
+            assert tokenizer.encode(text).ids == tokenizer.encode(tokenizer.bos_token + text).ids
 
 
 def test_no_bos_where_the_model_has_none():
@@ -188,8 +189,9 @@ def test_add_bos_token_false_is_obeyed(tmp_path):
 @EVERY
 @pytest.mark.parametrize("leading_space", [False, True])
 def test_decoding_gives_the_text_back(name, leading_space):
+    lost = name == "metaspace" and leading_space  # such a file lets the text's own first space stand for the dummy one
     for text in texts(leading_space):
-        assert ours(name).decode(ours(name).encode(text).ids) == text
+        assert ours(name).decode(ours(name).encode(text).ids) == text[lost:]
 
 
 @EVERY
@@ -215,9 +217,10 @@ def test_decode_after_keeps_the_continuations_first_space(name, prompt, continua
     assert added == continuation
 
 
-def test_spaces_after_special_tokens_survive_without_legacy(tmp_path):
-    """legacy=False puts no dummy space after a special token, so a space found there is the text's own."""
-    tokenizer = Tokenizer(tiny_tokenizers.copy(tiny_tokenizers.mistral(), tmp_path / "t", legacy=False))
+@pytest.mark.parametrize("name", ["mistral", "metaspace"])
+def test_spaces_after_special_tokens_survive_without_legacy(name, tmp_path):
+    """Where only the first stretch has a dummy space, a space after a special token is the text's own."""
+    tokenizer = Tokenizer(tiny_tokenizers.copy(tiny_tokenizers.BUILDERS[name](), tmp_path / "t", legacy=False))
     for text in ["<s>a</s> b</s>c", "<s>x</s> 日本</s>\n</s>  y"]:
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     prompt, both = tokenizer.encode("<s>a</s>").ids, tokenizer.encode("<s>a</s> b").ids
@@ -388,6 +391,13 @@ def test_tokens_added_to_mistral_round_trip(tmp_path, special):
     shown = tokenizer.decode(ids, skip_special_tokens=special is False)
     assert "<edge>" in shown and "[NODE]" in shown, "only special tokens may be left out"
     assert ("<edge>" in tokenizer.decode(ids)) == (not special)
+
+
+def test_the_longest_added_token_wins(tmp_path):
+    """As in transformers, whatever their order."""
+    added = {"32000": {"content": "<a>"}, "32001": {"content": "<a><b>"}, "32002": {"content": "<b>"}}
+    directory = tiny_tokenizers.copy(tiny_tokenizers.mistral(), tmp_path / "t", added_tokens_decoder=added)
+    assert Tokenizer(directory).encode("<a><b><b><a>").ids[1:] == [32001, 32002, 32000]
 
 
 def test_tokens_added_by_transformers_round_trip(tmp_path):

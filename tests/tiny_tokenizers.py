@@ -117,9 +117,8 @@ def qwen() -> Path:
     return _directory("qwen", config, tokenizer)
 
 
-@functools.cache
-def llama2() -> Path:
-    """Characters with byte fallback in Llama 2's form: every stretch between special tokens begins with a dummy `▁`."""
+def _byte_fallback(name: str, dummy_everywhere: bool) -> Path:
+    """Characters with byte fallback, and a dummy `▁` before every stretch between special tokens or the first alone."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=500, show_progress=False))
@@ -128,18 +127,32 @@ def llama2() -> Path:
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if dummy_everywhere:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     space_out, one_off = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([space_out, decoders.ByteFallback(), decoders.Fuse(), one_off])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return _directory("llama2", config, tokenizer)
+    return _directory(name, config, tokenizer)
 
 
-BUILDERS = {"mistral": mistral, "llama2": llama2, "llama3": llama3, "qwen": qwen}
+@functools.cache
+def llama2() -> Path:
+    """tokenizer.json in the form of Llama 2 and of Mistral 0.1 and 0.2."""
+    return _byte_fallback("llama2", dummy_everywhere=True)
+
+
+@functools.cache
+def metaspace() -> Path:
+    """tokenizer.json in the form of Mistral 0.3."""
+    return _byte_fallback("metaspace", dummy_everywhere=False)
+
+
+BUILDERS = {"mistral": mistral, "llama2": llama2, "metaspace": metaspace, "llama3": llama3, "qwen": qwen}
 
 
 def copy(source: Path, target: Path, **config: object) -> Path:
