@@ -12,9 +12,9 @@ config = Config(
     lora=LoraConfig(rank=32, alpha=32),
     data=DataConfig(train_file="examples/wiki/train.jsonl", eval_file="examples/wiki/eval.jsonl", max_seq_length=512),
     train=TrainConfig(
-        epochs=12,
-        batch_size=8,
-        learning_rate=3e-3,
+        epochs=14,
+        batch_size=4,
+        learning_rate=5e-3,
         lr_scheduler="cosine",
         warmup_steps=20,
         gradient_checkpointing=False,

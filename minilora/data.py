@@ -250,7 +250,9 @@ def _tokenise_chunk(chunk: tuple[int, list[bytes]]) -> list[tuple]:
                 raise RowError("blank line", "blank")
             try:
                 row = json.loads(raw)
-            except ValueError as error:
+                if b"\\u" in raw:  # an escaped lone surrogate is JSON, but no text
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
                 raise RowError("malformed", f"not JSON: {error}") from error
             example = build(row, data, tokenizer)
             edges = example.edges  # counted even if the row turns out too long: n(u, v) is of the whole file
@@ -266,18 +268,16 @@ def _tokenise_row(example, data: DataConfig, tokenizer: Tokenizer) -> tuple:
     A prompt is shortened as text, from its end, and tokenised anew. Raises RowError.
     """
     ids, spans = tokenizer.encode(example.text)
-    length, cut, truncated = len(ids), len(example.prompt), False
+    whole, length, cut, truncated = example, len(ids), len(example.prompt), False
     while len(ids) > data.max_seq_length:
-        begin = example.text.find(example.prompt[:cut].strip()) if cut else 0
+        begin = example.text.find(whole.prompt[:cut].strip()) if cut else 0
         inside = [s for s, e in spans if begin <= s and e <= begin + cut and s < e]
         excess = len(ids) - data.max_seq_length
-        if data.too_long != "truncate" or example.shorten is None or begin < 0 or not inside:
+        if data.too_long != "truncate" or whole.shorten is None or begin < 0 or not inside:
             detail = "" if data.too_long != "truncate" else ", even without its prompt"
             raise RowError(_too_long(data), f"{length} tokens{detail} (data.max_seq_length, data.too_long)")
         cut, truncated = max(0, (inside[-excess] if excess <= len(inside) else begin) - begin), True
-        prompt = example.prompt
-        example = example.shorten(cut)
-        example.prompt = prompt
+        example = whole.shorten(cut)
         ids, spans = tokenizer.encode(example.text)
     supervised, node, straddling = mark_tokens(example.text, spans, example.supervised, example.nodes)
     supervised[:1] = False  # nothing comes before the first token to predict it from

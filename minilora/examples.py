@@ -121,10 +121,12 @@ def _prompt_response(
         example, at = Example(text, [(len(prompt), len(text))]), len(prompt)
     kept = len(response.rstrip()) if data.chat else len(response)  # a template may trim the response's end
     at -= len(response) - len(response.lstrip()) if example.text[at : at + kept] != response[:kept] else 0
-    example.nodes = [(at + begin, at + end) for begin, end in nodes or []]
+    limit = at + (len(response) if example.text[at : at + len(response)] == response else len(response.rstrip()))
+    example.nodes = [(at + begin, min(at + end, limit)) for begin, end in nodes or []]
     example.edges = edges or []
     example.prompt = prompt
-    example.shorten = lambda length: _prompt_response(prompt[:length], response, data, tokenizer, nodes, edges)
+    end = prompt[len(prompt.rstrip()) :]  # keeps the response apart from the prompt
+    example.shorten = lambda length: _prompt_response(prompt[:length] + end, response, data, tokenizer, nodes, edges)
     return example
 
 
@@ -161,7 +163,10 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
     Returns the example and where the content of each supervised turn begins. A turn is supervised from where the model
     would begin to write (what the generation prompt does not give) through the token that ends it.
     """
-    text = tokenizer.render(messages)
+    try:
+        text = tokenizer.render(messages)
+    except UserError as error:  # what a template says of one conversation is no reason to end the run
+        raise RowError("refused by the chat template", str(error)) from error
     spans, contents = [], []
     for i in supervised:
         prompt = tokenizer.render(messages[:i], add_generation_prompt=True)

@@ -63,8 +63,12 @@ class _SentencePiece:
         self.is_byte = [self.processor.is_byte(i) for i in range(self.size)]
         control = [i for i in range(self.size) if self.processor.is_control(i) or self.processor.is_unknown(i)]
         self.specials = {self.pieces[i]: i for i in control}
+        self.shown: set[str] = set()  # added tokens that are text, not special
         for i, token in config.get("added_tokens_decoder", {}).items():
             self.specials[token["content"]] = int(i)
+            self.size = max(self.size, int(i) + 1)
+            if not token.get("special"):
+                self.shown.add(token["content"])
         # transformers' "legacy": every stretch of text after a special token starts with a space, not just the first
         self.legacy = config.get("legacy") is not False
         self.dummy_prefix = self.processor.encode("a", out_type=str)[0].startswith("▁")
@@ -97,10 +101,10 @@ class _SentencePiece:
         is left out for it to stand for, or a sentinel takes it.
         """
         given, shown, skip = text, text, 0
-        if self.dummy_prefix and text.startswith(" ") and text != " ":
-            given = text[1:]
-        elif prefix and text != " ":
+        if prefix:
             shown = " " + text
+        elif self.dummy_prefix and text.startswith(" ") and text != " ":
+            given = text[1:]
         elif self.dummy_prefix:
             given, skip = self.SENTINEL + text, 2
         new = self.processor.encode(given)
@@ -127,8 +131,10 @@ class _SentencePiece:
                 "in it; use a tokenizer.json of this model, or one trained with normalization_rule_name=identity"
             )
 
-    def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+    def decode(self, ids: list[int], first: bool) -> str:
+        """first: nothing comes before. Only where encode puts a dummy space is the first space not the text's own."""
+        own = not first and not self.legacy and self.pieces[ids[0]].startswith("▁")
+        return " " * own + self.processor.decode(ids)
 
 
 class _Fast:
@@ -143,6 +149,11 @@ class _Fast:
         self.specials = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
         # the post-processor adds BOS, which is ours to do, and trims the spaces that spans must show
         self.tokenizer.post_processor = tokenizers.processors.Sequence([])
+        self.shown: set[str] = set()
+        self.letter = self.tokenizer.encode("a", add_special_tokens=False).ids
+        special = next(iter(self.specials), "")
+        again = self.tokenizer.encode(special + "a", add_special_tokens=False).ids[1:]
+        self.one_dummy = again != self.letter  # only the first stretch of text begins with a dummy space
 
     def token_to_id(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
@@ -151,8 +162,10 @@ class _Fast:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return Encoding(encoding.ids, encoding.offsets)
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], first: bool) -> str:
+        if first or not self.one_dummy:
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode([*self.letter, *ids], skip_special_tokens=False)[1:]
 
 
 class Tokenizer:
@@ -187,7 +200,10 @@ class Tokenizer:
         template = chat_template or self._own_template(config)
         self.has_template = template is not None
         self.chat_template = template or MISTRAL_TEMPLATE
-        self._compiled = _environment().from_string(self.chat_template)
+        try:
+            self._compiled = _environment().from_string(self.chat_template)
+        except jinja2.TemplateError as error:
+            raise UserError(f"chat template: line {getattr(error, 'lineno', '?')}: {error}") from error
         self._special_tokens = {k: v for k, v in ((k, _content(v)) for k, v in special.items() if k.endswith("_token")) if v}
         self._special_tokens |= {"bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
 
@@ -200,7 +216,10 @@ class Tokenizer:
 
     def _own_template(self, config: dict) -> str | None:
         file = self.directory / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        try:
+            template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from error
         if isinstance(template, list):  # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
         return template
@@ -215,11 +234,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Some tokenizers drop the space each stretch of text begins with: see `decode_after`."""
         text = ""
+        first = True
         for token, run in groupby(ids, key=self._special_text.get):
             if token is None:
-                text += self.backend.decode([int(i) for i in run])
-            elif not skip_special_tokens:
+                text += self.backend.decode([int(i) for i in run], first)
+            elif token in self.backend.shown or not skip_special_tokens:
                 text += token * len(list(run))
+            first = first and token is not None and token == self.bos_token
         return text
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -287,6 +308,9 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

@@ -4,8 +4,7 @@ import functools
 import json
 import random
 import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from minilora.build import build_model
 from minilora.checkpoint import save_adapter
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, TrainConfig, UserError
 from minilora.generate import Answer, generate_ids, sample
-from minilora.lora import lora_layers
+from minilora.lora import init_adapters, inject, lora_layers
 from minilora.model import CausalLM
 from minilora.tokenizer import Tokenizer
 from tiny_models import VOCAB, WINDOW, config_json, ours, tiny
@@ -104,7 +103,10 @@ def test_cached_equals_recomputed(family: str):
 
 
 def test_the_model_is_left_as_it_was():
-    model = build_with_adapter(ours(hf_model("llama3")), dropout=0.5)
+    model = ours(hf_model("llama3"))
+    inject(model, LoraConfig(rank=4, dropout=0.5))
+    init_adapters(model, seed=0)
+    randomise(model)
     expected = ids_of(model.eval(), prompts())
     assert not model.training
     state = torch.random.get_rng_state()
@@ -113,16 +115,11 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def build_with_adapter(model: CausalLM, dropout: float = 0.0, rank: int = 4) -> CausalLM:
-    """Random adapters in a model, B included."""
-    from minilora.lora import init_adapters, inject
-
-    inject(model, LoraConfig(rank=rank, dropout=dropout))
-    init_adapters(model, seed=0)
+def randomise(model: CausalLM) -> None:
+    """Adapters that do something: B is zero at first."""
     generator = torch.Generator().manual_seed(1)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=generator)
-    return model
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 7])
@@ -161,11 +158,11 @@ def uniform(count: int) -> Tensor:
 
 
 def assert_frequencies(tokens: Tensor, probabilities: Tensor) -> None:
-    """Each token as often as its probability says, within 4 standard errors."""
+    """Each token as often as its probability says, within 4 standard errors; the rarest may turn up once."""
     n = len(tokens)
     counts = torch.bincount(tokens, minlength=len(probabilities))
     sigma = (n * probabilities * (1 - probabilities)).sqrt()
-    assert ((counts - n * probabilities).abs() <= 4 * sigma + 1e-9).all(), (counts / n, probabilities)
+    assert ((counts - n * probabilities).abs() <= 4 * sigma + 1).all(), (counts / n, probabilities)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
@@ -242,20 +239,9 @@ def test_generation_draws_below_one(monkeypatch: pytest.MonkeyPatch):
 
 # --- where an answer ends ---
 
-
-def scripted(ids: Sequence[int], monkeypatch: pytest.MonkeyPatch, tokens: Tokenizer, **options) -> Answer:
-    """The answer when the model says `ids`."""
-    said = iter(ids)
-    monkeypatch.setitem(generate_ids.__globals__, "sample", lambda logits, *_: torch.full((len(logits),), next(said) % VOCAB))
-    monkeypatch.setitem(generate_ids.__globals__, "sample", lambda logits, *_: torch.tensor([next(said)]))
-    (answer,) = generate_ids(big_model(tokens.vocab_size), [tokens.encode("Why? ->").ids], tokens, len(ids), **options)
-    return answer
-
-
-@functools.cache
-def big_model(vocab_size: int) -> CausalLM:
-    """One whose vocabulary is a tokenizer's; what it would say is of no interest."""
-    return ours(tiny("llama3", vocab_size=vocab_size, num_hidden_layers=1))
+SAID = " Science -> Art\n서울 🤖🤖🤖 物理学史の博物館と大学、(x) end 1984"
+QUESTION = "Why? ->"
+EVERY_TOKENIZER = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
 
 
 @functools.cache
@@ -263,48 +249,70 @@ def tokenizer_named(name: str) -> Tokenizer:
     return Tokenizer(tiny_tokenizers.BUILDERS[name]())
 
 
-SAID = "Science -> Art\n서울 🤖🤖🤖 物理学史の博物館と大学、(x) end 1984"
-EVERY_TOKENIZER = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
+@functools.cache
+def model_over(vocab_size: int) -> CausalLM:
+    """One whose vocabulary is a tokenizer's; what it would say is of no interest."""
+    return ours(tiny("llama3", vocab_size=vocab_size, num_hidden_layers=1))
 
 
 def said_ids(tokens: Tokenizer) -> list[int]:
-    return tokens.encode("Why? -> " + SAID).ids[len(tokens.encode("Why? ->").ids) :]
+    """The ids of SAID as an answer to QUESTION."""
+    question, whole = tokens.encode(QUESTION).ids, tokens.encode(QUESTION + SAID).ids
+    assert whole[: len(question)] == question
+    return whole[len(question) :]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
+    """Make the model say `ids`."""
+    said = iter(ids)
+    monkeypatch.setitem(minilora.generate.__globals__, "sample", lambda *_: torch.tensor([next(said)]))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()) -> Answer:
+    """The answer to QUESTION when the model says `ids`."""
+    script(monkeypatch, ids)
+    (answer,) = generate_ids(model_over(tokens.vocab_size), [tokens.encode(QUESTION).ids], tokens, len(ids), stop=stop)
+    return answer
 
 
 @EVERY_TOKENIZER
 def test_answers_end_before_a_stop_string(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Wherever it lies: inside a token, across several, across the bytes of a character; and nothing is generated after it."""
+    """Wherever it lies: inside a token, across several, across the bytes of characters; and nothing is generated after it."""
     tokens, rng = tokenizer_named(name), random.Random(0)
-    prompt, ids = tokens.encode("Why? ->").ids, said_ids(tokens)
-    whole = scripted(ids, monkeypatch, tokens).text
-    assert whole.lstrip() == SAID
+    question, ids = tokens.encode(QUESTION).ids, said_ids(tokens)
     cuts = [sorted(rng.sample(range(len(SAID) + 1), 2)) for _ in range(25)]
     for begin, end in [*cuts, (SAID.index("物"), SAID.index("、"))]:
         stop = SAID[begin:end]
-        answer = scripted(ids, monkeypatch, tokens, stop=("not there", stop))
-        assert answer.text == whole[: whole.index(stop)], repr(stop)
-        needed = next(n for n in range(1, len(ids) + 1) if stop in tokens.decode_after(prompt, ids[:n]))
+        answer = scripted(monkeypatch, tokens, ids, stop=("not there", stop))
+        assert answer.text == SAID[: SAID.index(stop)], repr(stop)
+        needed = next(n for n in range(1, len(ids) + 1) if stop in tokens.decode_after(question, ids[:n]))
         assert answer.ids == ids[:needed] and answer.finished, repr(stop)
 
 
 def test_the_first_of_several_stop_strings_counts(monkeypatch: pytest.MonkeyPatch):
     tokens = tokenizer_named("qwen")
-    answer = scripted(said_ids(tokens), monkeypatch, tokens, stop=("end", "Art\n", "rt", "1984"))
-    assert answer.text.lstrip() == "Science -> A"
+    assert scripted(monkeypatch, tokens, said_ids(tokens), stop=("end", "Art\n", "rt", "1984")).text == " Science -> A"
 
 
-def test_a_stop_string_in_the_prompt_stops_nothing(monkeypatch: pytest.MonkeyPatch):
-    for name in tiny_tokenizers.BUILDERS:
-        tokens = tokenizer_named(name)
-        assert scripted(said_ids(tokens), monkeypatch, tokens, stop=("Why",)).text.lstrip() == SAID
+@EVERY_TOKENIZER
+def test_a_stop_string_in_the_prompt_stops_nothing(name: str, monkeypatch: pytest.MonkeyPatch):
+    tokens = tokenizer_named(name)
+    assert scripted(monkeypatch, tokens, said_ids(tokens), stop=("Why", "? ->", "-> Sci")).text == SAID
 
 
 @EVERY_TOKENIZER
 def test_eos_ends_an_answer_and_is_not_in_its_text(name: str, monkeypatch: pytest.MonkeyPatch):
     tokens = tokenizer_named(name)
+    assert tokens.eos_id is not None
     ids = [*said_ids(tokens), tokens.eos_id]
-    answer = scripted([*ids, *ids], monkeypatch, tokens)
-    assert (answer.text.lstrip(), answer.ids, answer.finished) == (SAID, ids, True)
+    answer = scripted(monkeypatch, tokens, [*ids, *ids])
+    assert (answer.text, answer.ids, answer.finished) == (SAID, ids, True)
+
+
+def test_an_answer_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
+    tokens = tokenizer_named("qwen")
+    answer = scripted(monkeypatch, tokens, said_ids(tokens)[:5])
+    assert len(answer.ids) == 5 and answer.text and SAID.startswith(answer.text) and not answer.finished
 
 
 def test_stop_ids_of_generation_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -314,30 +322,123 @@ def test_stop_ids_of_generation_config(tmp_path: Path, monkeypatch: pytest.Monke
     turn, document = (tokens.specials[token] for token in ("<|eot_id|>", "<|end_of_text|>"))
     assert tokens.stop_ids() == {document}
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [document, turn]}))
-    assert tokens.stop_ids() == {document, turn}
-    ids = said_ids(tokens)
-    monkeypatch.setitem(generate_ids.__globals__, "sample", iter_sample([*ids, turn, *ids]))
-    assert minilora.generate(big_model(tokens.vocab_size), tokens, ["Why? ->"], 100)[0].lstrip() == SAID
+    for end in (turn, document):
+        script(monkeypatch, [*said_ids(tokens), end, *said_ids(tokens)])
+        assert minilora.generate(model_over(tokens.vocab_size), tokens, [QUESTION]) == [SAID]
 
 
-def iter_sample(ids: Sequence[int]) -> Callable[..., Tensor]:
-    said = iter(ids)
-    return lambda *_: torch.tensor([next(said)])
+# --- text in, text out ---
+
+TEXTS = ["Science", "The history of", "a -> b\n", "서울 物理学", "1984.", "x"]
+ONE_BOS = ["mistral", "llama2", "llama3"]
 
 
-def test_unfinished_answers(monkeypatch: pytest.MonkeyPatch):
-    tokens = tokenizer_named("qwen")
-    answer = scripted(said_ids(tokens)[:5], monkeypatch, tokens)
-    assert not answer.finished and len(answer.ids) == 5 and answer.text and SAID.startswith(answer.text.lstrip())
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories with tiny random models, each over the vocabulary of one of the tokenizers."""
+    directories = {}
+    for name, tokenizer_of in tiny_tokenizers.BUILDERS.items():
+        directories[name] = shutil.copytree(tokenizer_of(), tmp_path_factory.mktemp("bases") / name)
+        tiny("llama3", vocab_size=tokenizer_named(name).vocab_size).save_pretrained(directories[name])
+    return directories
 
 
-# --- the whole way: text to text ---
+def continued(directory: Path, text: str, extra: Sequence[int] = ()) -> str:
+    """The text with which transformers continues a text, `extra` ids before it."""
+    hf, tokens = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    ids = [*extra, *tokens(text).input_ids]
+    decode = functools.partial(tokens.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decode(ids + theirs(hf, ids, [tokens.eos_token_id]))[len(decode(ids)) :]
 
 
-@functools.cache
-def base_of(name: str) -> Path:
-    """A directory with a tiny random Llama over the vocabulary of a tokenizer."""
-    directory = Path(tiny_tokenizers._HOME.name) / f"base of {name}"
-    shutil.copytree(tiny_tokenizers.BUILDERS[name](), directory)
-    tiny("llama3", vocab_size=Tokenizer(directory).vocab_size).save_pretrained(directory)
-    return directory
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen"])
+def test_texts_are_those_of_transformers(name: str, bases: dict[str, Path]):
+    model, tokens = minilora.load(str(bases[name]), device="cpu")
+    expected = [continued(bases[name], text) for text in TEXTS]
+    assert minilora.generate(model, tokens, TEXTS, max_new_tokens=NEW_TOKENS) == expected
+
+
+@pytest.mark.parametrize("name", ONE_BOS)
+def test_exactly_one_bos(name: str, bases: dict[str, Path]):
+    model, tokens = minilora.load(str(bases[name]), device="cpu")
+    assert tokens.bos_token is not None and tokens.bos_id is not None
+
+    def answers(before: str) -> list[str]:
+        return minilora.generate(model, tokens, [before + text for text in TEXTS], max_new_tokens=NEW_TOKENS)
+
+    assert answers("") == answers(tokens.bos_token)
+    if name != "mistral":  # sentencepiece and tokenizers write the invalid UTF-8 of a random model differently
+        assert answers("")[0] == continued(bases[name], TEXTS[0])
+        assert answers("")[0] != continued(bases[name], TEXTS[0], extra=[tokens.bos_id])  # two would be noticed
+
+
+def test_a_live_adapter_says_what_the_merged_model_says(bases: dict[str, Path], tmp_path: Path):
+    base, lora = bases["llama3"], LoraConfig(rank=4, alpha=8)
+    model = build_model(base, CPU, lora=lora).model
+    randomise(model)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_adapter(adapter, model, lora, Config(model=ModelConfig(name=str(base))))
+    assert merge.main(merge.Args(str(adapter))) == 0
+
+    def answers(*args: str, **options) -> list[str]:
+        return minilora.generate(*minilora.load(*args, device="cpu"), TEXTS, max_new_tokens=NEW_TOKENS, **options)
+
+    for options in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 5}):
+        live = answers(str(base), str(adapter), **options)
+        assert live == answers(str(adapter), **options) == answers(str(adapter / "merged"), **options)
+        assert live != answers(str(base), **options)
+
+
+# --- a model that has learnt to stop ---
+
+
+def overfit(base: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
+    """Train a tiny Mistral with the tokenizer in `base` until it knows 50 rows by heart; its directory, and the rows."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
+    tokens = Tokenizer(base)
+    raw = config_json("mistral", vocab_size=tokens.vocab_size, eos_token_id=tokens.eos_id, **sizes)
+    (base / "config.json").write_text(json.dumps(raw))
+    rng = random.Random(0)
+    words = " ".join(tiny_tokenizers.corpus()[::4]).split()
+    rows = [{"prompt": f"question {i}", "completion": " ".join(rng.choices(words, k=rng.randint(1, 5)))} for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    config = Config(
+        output_dir=str(out), method="full", model=ModelConfig(name=str(base), init="random"),
+        data=DataConfig(train_file=str(tmp_path / "rows.jsonl"), format="prompt"),
+        train=TrainConfig(
+            max_steps=240, batch_size=25, learning_rate=3e-3, lr_scheduler="cosine", warmup_steps=10, gradient_checkpointing=False,
+        ),
+        eval=EvalConfig(eval_steps=1000, num_generate_samples=0), log=LogConfig(tensorboard=False),
+    )  # fmt: skip
+    assert train.main(config) == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert next(row["loss"] for row in reversed(metrics) if "loss" in row) < 0.05
+    return out / "checkpoint-final", rows
+
+
+def test_an_overfit_model_stops_by_itself(tmp_path: Path):
+    """Though pad_token == eos_token, which trainers that pad never teach: each of 50 answers ends with EOS."""
+    base = tiny_tokenizers.copy(tiny_tokenizers.llama2(), tmp_path / "base", pad_token="</s>")
+    directory, rows = overfit(base, tmp_path)
+    model, tokens = minilora.load(str(directory), device="cpu")
+    asked = [tokens.render([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True) for row in rows]
+    ids = [tokens.encode(text).ids for text in asked]
+    answers = generate_ids(model, ids, tokens, max_new_tokens=100)
+    assert [answer.text for answer in answers] == [row["completion"] for row in rows]
+    assert all(answer.finished and answer.ids[-1] == tokens.eos_id for answer in answers)
+
+    hf = AutoModelForCausalLM.from_pretrained(directory)  # and so it does elsewhere, by what its files say
+    for prompt, answer in list(zip(ids, answers, strict=True))[:10]:
+        out = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=100)
+        assert out[0, len(prompt) :].tolist() == answer.ids
+
+
+def test_a_model_trained_to_end_turns_stops_after_its_turn(tmp_path: Path):
+    """The template of Qwen's base models ends a turn with <|im_end|>, while their EOS, <|endoftext|>, ends a document."""
+    base = tiny_tokenizers.copy(tiny_tokenizers.qwen(), tmp_path / "base", eos_token="<|endoftext|>")
+    directory, rows = overfit(base, tmp_path)
+    model, tokens = minilora.load(str(directory), device="cpu")
+    asked = [tokens.render([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True) for row in rows]
+    assert minilora.generate(model, tokens, asked, max_new_tokens=100) == [row["completion"] for row in rows]

@@ -1,0 +1,21 @@
+"""OLLM's Wikipedia run (Lo et al., NeurIPS 2024, arXiv 2410.23584): Mistral-7B-Instruct writes an article's category paths.
+
+torchrun --nproc_per_node=2 train.py configs/wiki.py --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
+
+Without files it trains on the 160 articles in examples/wiki. The weights alone are 14.5 GB in bfloat16.
+"""
+
+from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+
+config = Config(
+    output_dir="out/wiki",
+    model=ModelConfig(name="mistralai/Mistral-7B-Instruct-v0.2"),
+    lora=LoraConfig(rank=32, alpha=16),
+    data=DataConfig(
+        train_file="examples/wiki/train.jsonl",
+        eval_file="examples/wiki/eval.jsonl",
+        chat_template="mistral",  # the form OLLM trained with; the hub's template has since put a space after [/INST]
+        max_seq_length=2048,
+    ),
+    train=TrainConfig(epochs=2, batch_size=8, learning_rate=1e-5, lr_scheduler="constant_with_warmup", warmup_steps=100),
+)
