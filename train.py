@@ -6,8 +6,8 @@ below, or a noun of the package.
 
 import hashlib
 import math
+import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,14 @@ from minilora.checkpoint import (
     start_directory,
     training_tensors,
 )
-from minilora.config import Config, RunError, TrainConfig, UserError, load_config, run_main
+from minilora.config import Config, TrainConfig, UserError, load_config, run_main
 from minilora.data import Documents, load_documents, step_order
 from minilora.generate import generate_ids
 from minilora.loss import cross_entropy_sum
 from minilora.tokenizer import Tokenizer, template_named
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview
+from minilora.tracking.window import Window
 from minilora.weights import resolve
 
 EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
@@ -67,12 +68,13 @@ def main(config: Config) -> int:
     optimizer = adamw(parameters, train)
     if checkpoint:
         load_training_tensors(checkpoint, optimizer, parameters)
-    announce(config, out, checkpoint, state, built, parameters, len(chosen), total_steps, device)
+    resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
+    dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
     tracker = Tracker(config, out, state.step, total_steps)
     window = Window(device)
     order = np.empty(0, dtype=np.int64)
 
-    with dist.StopSignal() as stop:
+    with StopSignal() as stop:
         while state.step < total_steps and not stop.agreed:
             epoch, at = divmod(state.step, steps_per_epoch)
             if at == 0 or not len(order):
@@ -107,13 +109,8 @@ def main(config: Config) -> int:
                 if evaluating:
                     evaluate(config, built, tokenizer, eval_sets, tracker, position)
                 if saving:
-                    name = "checkpoint-final" if state.finished else f"checkpoint-{state.step}"
                     tensors = training_tensors(optimizer, parameters, keep_masters=built.autocast is not None)
-                    if dist.rank() == 0:
-                        save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype)
-                        prune(out, train.save_total_limit)
-                    dist.barrier()
-                    tracker.log(position | {"checkpoint": name})
+                    tracker.log(position | {"checkpoint": save_checkpoint(config, built, tokenizer, state, tensors, base)})
                 window.restart_clock()
     tracker.close()
     dist.finish()
@@ -180,8 +177,11 @@ def build_trainable(
     )  # fmt: skip
     if checkpoint:
         restore_weights(checkpoint, built.model, config)
-    built.model.train()
-    return built, {name: p for name, p in built.model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in built.model.train().named_parameters() if p.requires_grad}
+    trained, whole = (sum(p.numel() for p in ps) for ps in (parameters.values(), built.model.parameters()))
+    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
+    dist.log(f"{config.model.name}: {whole:,} parameters, {trained:,} trained, {built.dtype} on {device}{processes}")
+    return built, parameters
 
 
 def adamw(parameters: dict[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
@@ -217,7 +217,7 @@ def my_micro_batches(docs: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return micro[dist.rank() :: dist.world_size()]
 
 
-def finish_gradients(parameters: list[nn.Parameter], window: "Window", max_norm: float) -> Tensor:
+def finish_gradients(parameters: list[nn.Parameter], window: Window, max_norm: float) -> Tensor:
     """Sum the gradients over ranks, divide by the step's supervised tokens, clip. Returns the norm before clipping.
 
     Until here they are sums of token losses' gradients: large numbers, which half precision does not flush to zero.
@@ -238,59 +238,6 @@ def finish_gradients(parameters: list[nn.Parameter], window: "Window", max_norm:
 def intervals(config: Config) -> tuple[int, int, int]:
     """Optimizer steps between logs, evaluations and checkpoints."""
     return config.train.logging_steps, config.eval.eval_steps, config.train.save_steps or config.eval.eval_steps
-
-
-class Window:
-    """Sums since the last log: on the device while steps run, read only in `sync`."""
-
-    def __init__(self, device: torch.device):
-        self.step = torch.zeros(3, dtype=torch.float64, device=device)  # loss sum, supervised tokens, tokens of this step
-        self.unread = torch.zeros_like(self.step)
-        self.read = np.zeros(3)
-        self.seconds, self.clock = 0.0, time.perf_counter()
-        self.grad_norm = torch.zeros(())
-        self.lr = 0.0
-
-    def add(self, loss: Tensor, supervised: int, tokens: int) -> None:
-        self.step[0] += loss
-        self.step[1] += supervised
-        self.step[2] += tokens
-
-    def end_step(self) -> Tensor:
-        """Sum the step over ranks; returns its supervised tokens, still on the device."""
-        total = dist.all_reduce_sum(self.step).clone()
-        self.unread += total
-        self.step.zero_()
-        return total[1]
-
-    def sync(self, state: TrainerState, out: Path) -> None:
-        """Read the device's sums. Raises RunError if a loss or gradient is not finite, before anything of it is saved."""
-        sums = np.array(self.unread.tolist())  # a copy, also on the CPU
-        if not (math.isfinite(sums[0]) and math.isfinite(float(self.grad_norm))):
-            kept = newest(out)
-            raise RunError(
-                f"loss {sums[0] / max(sums[1], 1)}, gradient norm {float(self.grad_norm)} by step {state.step}: training "
-                f"cannot go on. Saved before it: {kept or 'nothing yet'}. A lower learning rate or "
-                "--model.dtype float32 may help; nothing of this step was saved"
-            )
-        self.read += sums
-        self.unread.zero_()
-        self.seconds += time.perf_counter() - self.clock
-        state.supervised_tokens += int(sums[1])
-        state.tokens += int(sums[2])
-
-    def row(self, state: TrainerState) -> dict:
-        """The log entry of the window, which begins anew."""
-        loss, supervised, tokens = self.read
-        row = {
-            "loss": loss / max(supervised, 1), "grad_norm": float(self.grad_norm), "lr": self.lr, "tokens": state.tokens,
-            "supervised_tokens": state.supervised_tokens, "tokens_per_second": round(tokens / max(self.seconds, 1e-9), 1),
-        }  # fmt: skip
-        self.read, self.seconds = np.zeros(3), 0.0
-        return row
-
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
 
 
 def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets, tracker: Tracker, position: dict) -> None:
@@ -325,19 +272,48 @@ def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets,
     model.train()
 
 
-def announce(
-    config: Config, out: Path, checkpoint: Path | None, state: TrainerState, built: Built, parameters: dict[str, nn.Parameter],
-    documents: int, total_steps: int, device: torch.device,
-) -> None:  # fmt: skip
-    """Say what is about to happen."""
-    trained, whole = sum(p.numel() for p in parameters.values()), sum(p.numel() for p in built.model.parameters())
-    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
-    dist.log(
-        f"{config.model.name}: {whole:,} parameters, {trained:,} trained ({config.method}), {built.dtype} on {device}{processes}"
-        f"; {documents:,} documents, {total_steps:,} steps -> {out}"
-    )
-    if checkpoint:
-        dist.log(f"resumed from {checkpoint} at step {state.step} of {total_steps}")
+def save_checkpoint(
+    config: Config, built: Built, tokenizer: Tokenizer, state: TrainerState, tensors: dict[str, Tensor], base: Path
+) -> str:  # fmt: skip
+    """Write OUT/checkpoint-<step> or checkpoint-final on the first process; returns its name."""
+    out, name = Path(config.output_dir), "checkpoint-final" if state.finished else f"checkpoint-{state.step}"
+    if dist.rank() == 0:
+        save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype)
+        prune(out, config.train.save_total_limit)
+    dist.barrier()
+    return name
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.agreed = False
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def request(self, number: int, frame: object) -> None:
+        self.number = number
+        dist.log(f"signal {number}: stopping after this step, with a checkpoint (again to stop at once)")
+        for s in self.previous:
+            signal.signal(s, signal.SIG_DFL)
+
+    def agree(self, step: int, device: torch.device) -> None:
+        """Learn whether any rank was asked to stop; with several GPUs only every ten steps, because looking waits."""
+        if dist.world_size() == 1:
+            self.agreed = self.number != 0
+        elif device.type == "cpu" or step % 10 == 0:
+            asked = torch.zeros(65, device=device)
+            asked[self.number] = 1
+            numbers = dist.all_reduce_sum(asked).nonzero().flatten().tolist()
+            self.number, self.agreed = max(numbers), max(numbers) > 0
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

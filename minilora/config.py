@@ -1,12 +1,11 @@
 """The run's configuration: dataclasses, config files, command-line flags and their validation.
 
-A config file is Python that defines `config = Config(...)` with only what differs from the defaults; flags are laid over
-it. Every mistake is a `UserError` before any file is written.
+A config file defines `config = Config(...)` with only what differs from the defaults; flags are laid over it.
 """
 
 import dataclasses
 import difflib
-import importlib.util
+import runpy
 import sys
 import traceback
 import typing
@@ -240,11 +239,8 @@ def load_config_file(path: str) -> Config:
     """Import CONFIG.py and return its `config`. Raises UserError with file:line for whatever goes wrong in it."""
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist; usage: train.py CONFIG.py [--section.field value ...]")
-    spec = importlib.util.spec_from_file_location(f"minilora_config_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        config = runpy.run_path(path).get("config")
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(Path(path).name)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
@@ -252,7 +248,6 @@ def load_config_file(path: str) -> Config:
         words = str(error).split("'")  # "... unexpected keyword argument 'x'" / "... object has no attribute 'x'"
         hint = nearest(words[-2], known) if isinstance(error, TypeError | AttributeError) and len(words) > 2 else ""
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}{hint}") from error
-    config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UserError(f"{path}: must define `config = Config(...)` from minilora.config, found {type(config).__name__}")
     check_types(config, path)
@@ -293,11 +288,11 @@ def load_config(argv: list[str]) -> Config:
         spelled.append(arg)
         if arg.lstrip("-").replace("-", "_") in booleans and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             spelled.append("True")
+    about = "Fine-tune the model that CONFIG.py describes. Flags replace single values of it."
+    off = (tyro.conf.FlagConversionOff,)
     config = tyro.cli(
-        Config, default=base, args=spelled, prog="train.py CONFIG.py", use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-        description="Fine-tune the model that CONFIG.py describes. Flags replace single values of it.",
-    )  # fmt: skip
+        Config, prog="train.py CONFIG.py", description=about, default=base, args=spelled, use_underscores=True, config=off
+    )
     validate(config)
     return config
 
@@ -328,8 +323,7 @@ def validate(config: Config) -> None:
         (t.save_total_limit is not None and t.save_total_limit < 1, "train.save_total_limit must be at least 1"),
         (d.max_seq_length < 2, "data.max_seq_length must be at least 2"),
         (d.train_size is not None and d.train_size < 1, "data.train_size must be at least 1"),
-        (d.eval_size < 1, "data.eval_size must be at least 1"),
-        (d.num_workers < 1, "data.num_workers must be at least 1"),
+        (min(d.eval_size, d.num_workers) < 1, "data.eval_size and data.num_workers must be at least 1"),
         (d.response_marker is not None and d.format != "text", "data.response_marker needs data.format='text'"),
         (d.response_marker == "", "data.response_marker is empty; leave it out to supervise everything"),
         (e.temperature < 0, "eval.temperature must not be negative (0 is greedy)"),

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import signal
 import sys
 
 import torch
@@ -57,35 +56,3 @@ def log(message: str) -> None:
     """Print on the first process, to stderr, so that stdout stays for results."""
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.agreed = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def request(self, number: int, frame: object) -> None:
-        self.number = number
-        log(f"signal {number}: stopping after this step, with a checkpoint (again to stop at once)")
-        for s in self.previous:
-            signal.signal(s, signal.SIG_DFL)
-
-    def agree(self, step: int, device: torch.device) -> None:
-        """Learn whether any rank was asked to stop; with several GPUs only every ten steps, because looking waits."""
-        if world_size() == 1:
-            self.agreed = self.number != 0
-        elif device.type == "cpu" or step % 10 == 0:
-            asked = torch.zeros(65, device=device)
-            asked[self.number] = 1
-            numbers = all_reduce_sum(asked).nonzero().flatten().tolist()
-            self.number, self.agreed = max(numbers), max(numbers) > 0
-
-    def __exit__(self, *exception: object) -> None:
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)

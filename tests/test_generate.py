@@ -339,7 +339,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directories = {}
     for name, tokenizer_of in tiny_tokenizers.BUILDERS.items():
         directories[name] = shutil.copytree(tokenizer_of(), tmp_path_factory.mktemp("bases") / name)
-        tiny("llama3", vocab_size=tokenizer_named(name).vocab_size).save_pretrained(directories[name])
+        tokens = tokenizer_named(name)
+        tiny("llama3", vocab_size=tokens.vocab_size, eos_token_id=tokens.eos_id).save_pretrained(directories[name])
     return directories
 
 

@@ -181,7 +181,7 @@ def test_a_bfloat16_base_is_rounded_once(tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 def test_dtype(dtype: str, key: str, tmp_path: Path):
-    base = base_of(in_bfloat16("llama3")[0], tmp_path / "base", "20KB")
+    base = base_of(in_bfloat16("llama3")[0], tmp_path / "base")
     raw = config_json("llama3", torch_dtype=...)
     (base / "config.json").write_text(json.dumps({**raw, key: "bfloat16"}))
     adapter = adapter_of(base, tmp_path / "adapter")
@@ -193,9 +193,15 @@ def test_dtype(dtype: str, key: str, tmp_path: Path):
         torch.testing.assert_close(weight.double(), exact, rtol=2 * torch.finfo(weight.dtype).eps, atol=1e-6, msg=name)
     assert json.loads((out / "config.json").read_text()) == {**raw, key: dtype}
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == getattr(torch, dtype)
-    if (out / INDEX).is_file():
-        total = json.loads((out / INDEX).read_text())["metadata"]["total_size"]
-        assert total == sum(tensor.nbytes for tensor in tensors_of(out).values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_index_tells_the_size_of_the_tensors(dtype: str, hf_llama: PreTrainedModel, tmp_path: Path):
+    """As transformers writes it: of the tensors, without the headers of their files."""
+    base = base_of(hf_llama, tmp_path / "base", "20KB")
+    assert json.loads((base / INDEX).read_text())["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(base).values())
+    out = merged(adapter_of(base, tmp_path / "adapter"), dtype=dtype)
+    assert json.loads((out / INDEX).read_text())["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(out).values())
 
 
 def test_auto_keeps_the_dtype_of_each_tensor(base: Path, tmp_path: Path):
