@@ -36,10 +36,12 @@ lint: $(VENV)/.installed
 # the paths prompt of an article that no file of examples/ holds
 demo: ARTICLE := Title: Hurdy-gurdy\nThe hurdy-gurdy is a string instrument whose strings are sounded by a wheel turned with a crank.
 demo: $(VENV)/.installed
-	$(BIN)/python train.py configs/tiny.py --output_dir $(DEMO)
-	$(BIN)/python merge.py $(DEMO)/checkpoint-final
+	rm -rf $(DEMO)
+	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py configs/tiny.py --output_dir $(DEMO)
+	$(BIN)/python merge.py $(DEMO)/checkpoint-final --verify
 	$(BIN)/python infer.py $(DEMO)/checkpoint-final/merged --input examples/wiki/test.jsonl --output $(DEMO)/answers.jsonl
-	$(BIN)/python infer.py $(DEMO)/checkpoint-final/merged --prompt "$$(printf '%b' '$(ARTICLE)')"
+	@printf '\nAn article that the model has not seen:\n%b\n\nIts category paths, by the merged model (2 M parameters, so the form is right and the topics are not):\n' '$(ARTICLE)'
+	@$(BIN)/python infer.py $(DEMO)/checkpoint-final/merged --prompt "$$(printf '%b' '$(ARTICLE)')"
 	@echo
 	@echo "Done. In $(DEMO):"
 	@echo "  checkpoint-final/         the adapter, in PEFT's layout"

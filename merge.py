@@ -57,7 +57,8 @@ def main(args: Args) -> int:
     write_atomically(out, lambda target: merge(base, checkpoint, lora, adapter, args.dtype, target))
     print(f"merged model: {out}")
     if args.verify:
-        print(f"largest logit gap between base + adapter and merged: {largest_gap(base, lora, adapter, out):.3g}")
+        gap, largest = largest_gap(base, lora, adapter, out)
+        print(f"largest logit gap between base + adapter (in fp32) and merged: {gap:.3g}, beside logits up to {largest:.3g}")
     return 0
 
 
@@ -111,15 +112,17 @@ def copy_beside(base: Path, checkpoint: Path, target: Path, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def largest_gap(base: Path, lora: LoraConfig, adapter: dict[str, Tensor], merged: Path) -> float:
-    """Largest absolute difference of logits between the live adapter and the merged model, on random tokens, in fp32."""
+def largest_gap(base: Path, lora: LoraConfig, adapter: dict[str, Tensor], merged: Path) -> tuple[float, float]:
+    """Largest absolute difference of logits between the live adapter and the merged model on random tokens, and the
+    largest logit. Arithmetic is fp32: what is left is the rounding of the merged weights to their dtype."""
     cpu = torch.device("cpu")
     live = build_model(base, cpu, "float32", lora).model.eval()
     load_adapter_state(live, adapter, "adapter")
     tokens = torch.randint(live.config.vocab_size, (VERIFY_TOKENS,), generator=torch.Generator().manual_seed(0))
     expected = live(tokens)
     del live
-    return float((expected - build_model(merged, cpu, "float32").model.eval()(tokens)).abs().max())
+    logits = build_model(merged, cpu, "float32").model.eval()(tokens)
+    return float((expected - logits).abs().max()), float(expected.abs().max())
 
 
 if __name__ == "__main__":

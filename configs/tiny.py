@@ -12,7 +12,7 @@ config = Config(
     lora=LoraConfig(rank=32, alpha=32),
     data=DataConfig(train_file="examples/wiki/train.jsonl", eval_file="examples/wiki/eval.jsonl", max_seq_length=512),
     train=TrainConfig(
-        epochs=14,
+        epochs=24,
         batch_size=4,
         learning_rate=5e-3,
         lr_scheduler="cosine",
@@ -20,5 +20,5 @@ config = Config(
         gradient_checkpointing=False,
         logging_steps=20,
     ),
-    eval=EvalConfig(eval_steps=120, num_generate_samples=2, max_new_tokens=160),
+    eval=EvalConfig(eval_steps=240, num_generate_samples=2, max_new_tokens=160),
 )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,8 +26,21 @@ import tiny_tokenizers
 import train
 from minilora.build import build_model
 from minilora.checkpoint import (
-    TENSORS, TrainerState, changed_fields, is_complete, load_training_tensors, newest, prune, read_adapter, read_state, save, set_aside,
-    start_directory, step_checkpoints, training_tensors, write_atomically,
+    TENSORS,
+    TrainerState,
+    changed_fields,
+    is_complete,
+    load_training_tensors,
+    newest,
+    prune,
+    read_adapter,
+    read_state,
+    save,
+    set_aside,
+    start_directory,
+    step_checkpoints,
+    training_tensors,
+    write_atomically,
 )  # fmt: skip
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, RunError, TrainConfig, UserError
 from minilora.tokenizer import Tokenizer
@@ -434,7 +447,8 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
 
     A file system of its own where we may mount one; elsewhere the system's limit on the size of a file.
     """
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True).returncode == 0
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def leave(room: int) -> None:

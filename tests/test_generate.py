@@ -316,15 +316,17 @@ def test_an_answer_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_stop_ids_of_generation_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Llama 3's instruct models end a turn with another token than a document."""
-    directory = tiny_tokenizers.copy(tiny_tokenizers.llama3(), tmp_path / "tokenizer", eos_token="<|end_of_text|>")
+    """Where several tokens end an answer, generation_config.json lists them."""
+    directory = tiny_tokenizers.copy(tiny_tokenizers.llama3(), tmp_path / "tokenizer")
     tokens = Tokenizer(directory)
-    turn, document = (tokens.specials[token] for token in ("<|eot_id|>", "<|end_of_text|>"))
-    assert tokens.stop_ids() == {document}
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [document, turn]}))
-    for end in (turn, document):
-        script(monkeypatch, [*said_ids(tokens), end, *said_ids(tokens)])
-        assert minilora.generate(model_over(tokens.vocab_size), tokens, [QUESTION]) == [SAID]
+    ends = [tokens.specials[token] for token in ("<|end_of_text|>", "<|start_header_id|>")]
+    ids = said_ids(tokens)
+    for listed in (ends, ends[0]):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        for end in (tokens.eos_id, *ends):
+            script(monkeypatch, [*ids, end, *ids, tokens.eos_id])
+            expected = SAID if end != ends[1] or listed == ends else SAID + SAID
+            assert minilora.generate(model_over(tokens.vocab_size), tokens, [QUESTION]) == [expected]
 
 
 # --- text in, text out ---
@@ -409,7 +411,8 @@ def overfit(base: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
         output_dir=str(out), method="full", model=ModelConfig(name=str(base), init="random"),
         data=DataConfig(train_file=str(tmp_path / "rows.jsonl"), format="prompt"),
         train=TrainConfig(
-            max_steps=240, batch_size=25, learning_rate=3e-3, lr_scheduler="cosine", warmup_steps=10, gradient_checkpointing=False,
+            max_steps=240, batch_size=25, learning_rate=3e-3, lr_scheduler="cosine", warmup_steps=10,
+            gradient_checkpointing=False,
         ),
         eval=EvalConfig(eval_steps=1000, num_generate_samples=0), log=LogConfig(tensorboard=False),
     )  # fmt: skip
@@ -419,27 +422,29 @@ def overfit(base: Path, tmp_path: Path) -> tuple[Path, list[dict]]:
     return out / "checkpoint-final", rows
 
 
-def test_an_overfit_model_stops_by_itself(tmp_path: Path):
-    """Though pad_token == eos_token, which trainers that pad never teach: each of 50 answers ends with EOS."""
-    base = tiny_tokenizers.copy(tiny_tokenizers.llama2(), tmp_path / "base", pad_token="</s>")
-    directory, rows = overfit(base, tmp_path)
+def assert_all_end(directory: Path, rows: list[dict], end: str) -> None:
+    """Each answer is the row's completion and `end`, and generation stops there: ours, and by what the files say elsewhere."""
     model, tokens = minilora.load(str(directory), device="cpu")
     asked = [tokens.render([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True) for row in rows]
     ids = [tokens.encode(text).ids for text in asked]
-    answers = generate_ids(model, ids, tokens, max_new_tokens=100)
+    answers = generate_ids(model, ids, tokens, max_new_tokens=50, stop_ids=tokens.stop_ids())
     assert [answer.text for answer in answers] == [row["completion"] for row in rows]
-    assert all(answer.finished and answer.ids[-1] == tokens.eos_id for answer in answers)
+    assert all(answer.finished and answer.ids[-1] == tokens.specials[end] for answer in answers)
+    assert minilora.generate(model, tokens, asked, max_new_tokens=50) == [row["completion"] for row in rows]
 
-    hf = AutoModelForCausalLM.from_pretrained(directory)  # and so it does elsewhere, by what its files say
+    hf = AutoModelForCausalLM.from_pretrained(directory)
     for prompt, answer in list(zip(ids, answers, strict=True))[:10]:
-        out = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=100)
+        out = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=50)
         assert out[0, len(prompt) :].tolist() == answer.ids
+
+
+def test_an_overfit_model_stops_by_itself(tmp_path: Path):
+    """Though pad_token == eos_token, which trainers that pad never teach."""
+    base = tiny_tokenizers.copy(tiny_tokenizers.llama2(), tmp_path / "base", pad_token="</s>")
+    assert_all_end(*overfit(base, tmp_path), end="</s>")
 
 
 def test_a_model_trained_to_end_turns_stops_after_its_turn(tmp_path: Path):
     """The template of Qwen's base models ends a turn with <|im_end|>, while their EOS, <|endoftext|>, ends a document."""
     base = tiny_tokenizers.copy(tiny_tokenizers.qwen(), tmp_path / "base", eos_token="<|endoftext|>")
-    directory, rows = overfit(base, tmp_path)
-    model, tokens = minilora.load(str(directory), device="cpu")
-    asked = [tokens.render([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True) for row in rows]
-    assert minilora.generate(model, tokens, asked, max_new_tokens=100) == [row["completion"] for row in rows]
+    assert_all_end(*overfit(base, tmp_path), end="<|im_end|>")

@@ -67,7 +67,8 @@ def trained(base: str | Path, out: Path, data: DataConfig, rows: list[dict]) -> 
 def ask(model: Path, rows: list[dict], tmp_path: Path, **options) -> list[dict]:
     """The rows that infer.py writes for these."""
     source, target = write_rows(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
-    assert infer.main(infer.Args(str(model), input=str(source), output=str(target), **{"max_new_tokens": NEW_TOKENS, **options})) == 0
+    options = {"max_new_tokens": NEW_TOKENS, **options}
+    assert infer.main(infer.Args(str(model), input=str(source), output=str(target), **options)) == 0
     return read_rows(target)
 
 
@@ -104,7 +105,8 @@ def user(content: str) -> list[dict]:
 # --- in the form of training ---
 
 ARTICLES = [
-    {"id": f"article {i}", "title": f"title {i}", "abstract": "All of\nit. 物理", "paths": [["a", "b"], ["a", f"c{i}"]]} for i in range(4)
+    {"id": f"article {i}", "title": f"title {i}", "abstract": "All of\nit. 物理", "paths": [["a", "b"], ["a", f"c{i}"]]}
+    for i in range(4)
 ]
 QUESTIONS = [{"question": f"history {i}", "year": i, "completion": "museums"} for i in range(4)]
 CHATS = [
@@ -322,6 +324,16 @@ def test_an_unknown_model_or_adapter_is_one_message(name: str, base: Path, comma
         assert re.fullmatch(rf"error: .*{re.escape(repr(absent))}.*\n", err)
 
 
+@pytest.mark.parametrize("name", [None, ""])  # as PEFT writes it for a model that was made in memory
+def test_an_adapter_of_an_unnamed_base_is_refused(name: str | None, checkpoint: Path, base: Path, tmp_path: Path):
+    adapter = shutil.copytree(checkpoint, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+    with pytest.raises(UserError, match=rf"{re.escape(str(adapter))}.*base_model_name_or_path"):
+        infer.main(infer.Args(str(adapter), prompt=TEXT))
+    assert ask(base, [{"prompt": TEXT}], tmp_path, adapter=str(adapter))[0]["generated"] == answer(checkpoint, user(TEXT))
+
+
 def test_an_empty_prompt_is_refused(tmp_path: Path):
     """A model without BOS has nothing to go on."""
     base = base_of("qwen", tmp_path / "qwen")
@@ -330,9 +342,10 @@ def test_an_empty_prompt_is_refused(tmp_path: Path):
 
 
 def test_the_command_line(checkpoint: Path, command, tmp_path: Path):
-    code, out, _ = command(str(checkpoint), "--prompt", TEXT, "--max_new_tokens", str(NEW_TOKENS), "--stop", "not there", "nor this")
+    model = [str(checkpoint), "--max_new_tokens", str(NEW_TOKENS)]
+    code, out, _ = command(*model, "--prompt", TEXT, "--stop", "not there", "nor this")
     assert (code, out) == (0, answer(checkpoint, user(TEXT)) + "\n")
-    code, out, err = command(str(checkpoint), "--input", "rows.jsonl", "--output", "out.jsonl", "--max-new-tokens", str(NEW_TOKENS))
+    code, out, err = command(*model, "--input", "rows.jsonl", "--output", "out.jsonl", "--batch-size", "2")
     assert (code, out) == (0, "") and "1 answers: out.jsonl" in err
     assert read_rows(tmp_path / "out.jsonl") == [{"id": 0, "prompt": TEXT, "generated": answer(checkpoint, user(TEXT))}]
     assert command(str(checkpoint), "--promt", "x")[0] == 2

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import runpy
 import shutil
@@ -27,8 +28,8 @@ from minilora.checkpoint import TrainerState, save
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, UserError
 from minilora.lora import lora_layers
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
-from minilora.weights import save_config, save_weights
-from tiny_models import config_json, from_config_json, in_bfloat16, ours, random_tokens, tiny
+from minilora.weights import save_weights
+from tiny_models import config_json, in_bfloat16, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -249,8 +250,9 @@ CHAT = [  # no two spaces in a row: there transformers 5 and sentencepiece disag
 @pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
 def test_prompts_are_the_same_everywhere(name: str, template: str | None, tmp_path: Path):
     """In training, in infer.py, and in whatever serves the merged model with transformers' tokenizer."""
-    tokens = Tokenizer(tiny_tokenizers.BUILDERS[name](), MISTRAL_TEMPLATE if template else None)
-    base = base_of(tiny("llama3", vocab_size=tokens.vocab_size), tmp_path / "base", tokenizer=name)
+    plain = Tokenizer(tiny_tokenizers.BUILDERS[name]())
+    base = base_of(tiny("llama3", vocab_size=plain.vocab_size, eos_token_id=plain.eos_id), tmp_path / "base", tokenizer=name)
+    tokens = Tokenizer(base, MISTRAL_TEMPLATE if template else None)
     adapter = adapter_of(base, tmp_path / "adapter")
     tokens.save(adapter)
     out = merged(adapter)
@@ -260,7 +262,7 @@ def test_prompts_are_the_same_everywhere(name: str, template: str | None, tmp_pa
         assert ours_again.encode(ours_again.render(messages, add_generation_prompt=True)).ids == expected
         assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
     assert (theirs.eos_token_id, theirs.bos_token_id) == (tokens.eos_id, tokens.bos_id)
-    assert ours_again.stop_ids() == tokens.stop_ids() | Tokenizer(base).stop_ids()
+    assert ours_again.stop_ids() == tokens.stop_ids()
 
 
 def test_the_training_form_goes_along(base: Path, tmp_path: Path):
@@ -436,10 +438,10 @@ def test_merging_needs_memory_for_a_few_tensors(adapter: Path, tmp_path: Path, m
     save_weights(model, base, torch.bfloat16)
     size = sum(p.numel() * 2 for p in model.parameters())
     large = adapter_of(base, tmp_path / "run" / "large", LoraConfig(rank=4))
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK_OF_MERGING, str(adapter), str(large)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", PEAK_OF_MERGING, str(adapter), str(large)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # so that glibc keeps no freed tensors for later
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    growth = int(run.stdout.split()[-1])
-    assert size > 180_000_000
-    assert growth < size / 3, f"{growth:,} bytes for a model of {size:,}"
+    growth, largest = int(run.stdout.split()[-1]), 8000 * 1024 * 2
+    assert size > 12 * largest
+    assert growth < 3 * largest, f"{growth:,} bytes for a model of {size:,}"
