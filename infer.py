@@ -94,6 +94,8 @@ def check(args: Args) -> None:
         raise UserError("give either --prompt TEXT or --input FILE.jsonl --output FILE.jsonl")
     if (args.input is None) != (args.output is None):
         raise UserError("--input and --output go together")
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output: the directory of {args.output!r} does not exist")
     if args.input is not None and not Path(args.input).is_file():
         raise UserError(f"--input: {args.input!r} does not exist")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or min(args.max_new_tokens, args.num_samples, args.batch_size) < 1:

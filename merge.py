@@ -4,6 +4,7 @@ Shard by shard and tensor by tensor, so memory holds a few tensors, not the mode
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from minilora.build import DTYPES, build_model
-from minilora.checkpoint import STATE, read_adapter, write_atomically
+from minilora.checkpoint import STATE, base_of, read_adapter, write_atomically
 from minilora.config import LoraConfig, UserError, run_main
 from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
 from minilora.tokenizer import TOKENIZER_FILES
@@ -46,9 +47,8 @@ def main(args: Args) -> int:
     if not (checkpoint / "adapter_config.json").is_file():
         raise UserError(f"{checkpoint} is not an adapter: it has no adapter_config.json")
     lora, adapter, raw = read_adapter(checkpoint)
-    name, revision = (args.base, None) if args.base else (raw["base_model_name_or_path"], raw.get("revision"))
     try:
-        base = resolve(name, revision)
+        base = resolve(args.base) if args.base else resolve(*base_of(raw, args.checkpoint))
     except UserError as error:
         raise UserError(f"{error} (the adapter's base; --base names another place)") from error
     out = Path(args.out) if args.out else checkpoint / "merged"
@@ -70,7 +70,7 @@ def merge(base: Path, checkpoint: Path, lora: LoraConfig, adapter: dict[str, Ten
         raise UserError(f"{base} has no {lost[0]}.weight, which the adapter changes: not this adapter's base")
 
     def tensor_of(name: str) -> Tensor:
-        tensor = read_tensor(files[name], name)
+        tensor = read_tensor(file, name)
         path = name.removesuffix(".weight")
         bar.update()
         if path not in left:
@@ -80,7 +80,7 @@ def merge(base: Path, checkpoint: Path, lora: LoraConfig, adapter: dict[str, Ten
             raise UserError(f"{path}: the base's weight is {list(tensor.shape)}, the adapter's update {[B.shape[0], A.shape[1]]}")
         return merged_weight(tensor, A, B, scaling_of(lora))
 
-    dtypes = set()
+    dtypes, size = set(), 0
     with tqdm.tqdm(total=len(files), desc="merging", unit=" tensors") as bar:
         for file in sorted(set(files.values())):
             with open_safetensors(file) as opened:
@@ -89,17 +89,17 @@ def merge(base: Path, checkpoint: Path, lora: LoraConfig, adapter: dict[str, Ten
                     raise UserError(f"{file}: holds {odd[0]} tensors; merging wants a base in float32, float16 or bfloat16")
                 layout = {n: (DTYPES.get(dtype, CODES[s.get_dtype()]), tuple(s.get_shape())) for n, s in slices.items()}
             dtypes |= {d for d, _ in layout.values()}
+            size += sum(d.itemsize * math.prod(shape) for d, shape in layout.values())
             write_safetensors(target / file.name, layout, tensor_of)
-    copy_beside(base, checkpoint, target, next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
+    copy_beside(base, checkpoint, target, next(iter(dtypes)) if len(dtypes) == 1 else torch.float32, size)
 
 
-def copy_beside(base: Path, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
+def copy_beside(base: Path, checkpoint: Path, target: Path, dtype: torch.dtype, size: int) -> None:
     """What makes the weights a model: config, index, tokenizer and template (the checkpoint's own, if it has one)."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
         read = read_json(index)
-        sizes = [f.stat().st_size for f in target.glob("*.safetensors")]
-        read["metadata"] = {**read.get("metadata", {}), "total_size": sum(sizes)}
+        read["metadata"] = {**read.get("metadata", {}), "total_size": size}
         (target / index.name).write_text(json.dumps(read, indent=2), encoding="utf-8")
     save_config(target, read_json(base / "config.json"), dtype)
     for name in TOKENIZER_FILES:

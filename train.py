@@ -22,8 +22,8 @@ from minilora.checkpoint import (
     load_training_tensors,
     newest,
     prune,
+    read_adapter,
     read_state,
-    restore_weights,
     save,
     set_aside,
     start_directory,
@@ -32,8 +32,9 @@ from minilora.checkpoint import (
 from minilora.config import Config, TrainConfig, UserError, load_config, run_main
 from minilora.data import Documents, load_documents, step_order
 from minilora.generate import generate_ids
+from minilora.lora import load_adapter_state
 from minilora.loss import cross_entropy_sum
-from minilora.tokenizer import Tokenizer, template_named
+from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
@@ -46,7 +47,7 @@ def main(config: Config) -> int:
     """Run the configured training; returns the exit code."""
     out, train = Path(config.output_dir), config.train
     base = resolve(config.model.name, config.model.revision)
-    tokenizer = Tokenizer(base, template_named(config.data.chat_template))
+    tokenizer = Tokenizer(base, chat_template(config.data.chat_template))
     documents, chosen, eval_sets = load_data(config, tokenizer)
     if config.preview:
         preview(documents, tokenizer, config.preview, config.seed, out)
@@ -121,6 +122,15 @@ def main(config: Config) -> int:
     return 0
 
 
+def chat_template(name: str | None) -> str | None:
+    """The chat template that data.chat_template names: "mistral", a jinja file, or None for the model's own."""
+    if name is None or name == "mistral":
+        return MISTRAL_TEMPLATE if name else None
+    if not Path(name).is_file():
+        raise UserError(f"data.chat_template: {name!r} is neither 'mistral' nor a file")
+    return Path(name).read_text(encoding="utf-8")
+
+
 def load_data(config: Config, tokenizer: Tokenizer) -> tuple[Documents, np.ndarray, EvalSets]:
     """Training documents, which of them to use, and the evaluation sets. In-domain ones may be trained on (as in OLLM)."""
     data = config.data
@@ -175,8 +185,8 @@ def build_trainable(
         random_weights=config.model.init == "random" and checkpoint is None, seed=config.seed,
         gradient_checkpointing=config.train.gradient_checkpointing, compile_blocks=config.train.compile,
     )  # fmt: skip
-    if checkpoint:
-        restore_weights(checkpoint, built.model, config)
+    if checkpoint and not full:
+        load_adapter_state(built.model, read_adapter(checkpoint)[1], str(checkpoint))
     parameters = {name: p for name, p in built.model.train().named_parameters() if p.requires_grad}
     trained, whole = (sum(p.numel() for p in ps) for ps in (parameters.values(), built.model.parameters()))
     processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""

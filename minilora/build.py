@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from minilora import dist
-from minilora.checkpoint import read_adapter
+from minilora.checkpoint import base_of, read_adapter
 from minilora.config import LoraConfig, UserError
 from minilora.lora import init_adapters, inject, load_adapter_state
 from minilora.model import CausalLM, DecoderConfig
@@ -108,8 +108,8 @@ def load(
         raise UserError(f"bits={bits} is not supported yet: use 16")
     directory = resolve(name_or_dir, revision)
     if adapter is None and (directory / "adapter_config.json").is_file():
-        adapter, base = str(directory), read_json(directory / "adapter_config.json")
-        directory = resolve(base["base_model_name_or_path"], base.get("revision"))
+        adapter = str(directory)
+        directory = resolve(*base_of(read_json(directory / "adapter_config.json"), adapter))
     lora = LoraConfig(init_from=adapter) if adapter else None
     built = build_model(directory, torch.device(device) if device else dist.default_device(), dtype, lora)
     has_tokenizer = adapter and any((Path(adapter) / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))

@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from minilora.config import Config, LoraConfig, RunError, UserError, leaves
 from minilora.dist import rank
-from minilora.lora import adapter_state, from_peft_config, load_adapter_state, to_peft_config
+from minilora.lora import adapter_state, from_peft_config, to_peft_config
 from minilora.tokenizer import Tokenizer
 from minilora.weights import open_safetensors, read_json, save_config, save_weights
 
@@ -55,8 +56,7 @@ def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in [*files, temporary / "manifest.json", temporary]:
             _sync(path)
-        if directory.exists():  # an incomplete one of another tool's making: a complete one is never replaced
-            shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # an incomplete one: a complete one is never written again
         os.rename(temporary, directory)
         _sync(directory.parent)
     except BaseException:
@@ -141,7 +141,7 @@ def save(
 
     try:
         write_atomically(directory, write)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:  # the library reports a full disk as its own error
         raise RunError(f"{directory} could not be written ({error}); earlier checkpoints are intact") from error
 
 
@@ -164,10 +164,21 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict]:
         raise UserError(f"{path} does not exist (adapters saved as .bin are pickles, which are never loaded)")
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in tensors:
+        if ".lora_A." in name and name.replace(".lora_A.", ".lora_B.") not in tensors:
+            raise UserError(f"{path}: {name} has no lora_B beside it")
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"{path}: {bad[0]} is not finite")
     return from_peft_config(raw, list(tensors), str(directory / "adapter_config.json")), tensors, raw
+
+
+def base_of(raw: dict, where: str) -> tuple[str, str | None]:
+    """(name, revision) of the base model that an adapter_config.json names."""
+    name = raw.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}/adapter_config.json: base_model_name_or_path names no base model")
+    return name, raw.get("revision")
 
 
 def training_tensors(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], keep_masters: bool) -> dict[str, Tensor]:
@@ -191,13 +202,6 @@ def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, mas
         if not state:
             raise UserError(f"{directory / TENSORS}: no optimizer state for {name}")
         optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
-
-
-def restore_weights(directory: Path, model: nn.Module, config: Config) -> None:
-    """The trained weights of a checkpoint into the built model (method="full" reads its base from the checkpoint)."""
-    if config.method == "lora":
-        _, tensors, _ = read_adapter(directory)
-        load_adapter_state(model, tensors, str(directory))
 
 
 def read_state(directory: Path) -> tuple[TrainerState, dict]:

@@ -92,17 +92,19 @@ def _article(row: dict) -> str:
 def ask(row: dict, data: DataConfig, tokenizer: Tokenizer) -> str:
     """The text that asks a model for a row's response, in the form `build` trains it in. A row with only a "prompt" is
     a user's turn whatever the format (format text: plain text). Raises RowError naming the field."""
-    if data.format == "messages" and "messages" in row:
-        turns = row["messages"]
-        return tokenizer.render(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
+    if data.format == "messages" and "prompt" not in row:
+        turns = _turns(row)
+        return tokenizer.render(turns[:-1] if turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
     if data.format == "text":
         text = _string(row, "prompt" if "prompt" in row else "text")
         head, marker, _ = text.rpartition(data.response_marker or "\0")
         return head + marker if marker else text
     if data.format == "paths" and "title" in row:
         prompt = _article(row) if data.chat else _article(row) + "\n"
+    elif data.format == "prompt" and row.keys() != {"prompt"}:
+        prompt = _fill(data.prompt_template, row)
     else:
-        prompt = _fill(data.prompt_template, row) if data.format == "prompt" else _string(row, "prompt")
+        prompt = _string(row, "prompt")
     return tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True) if data.chat else prompt
 
 
@@ -130,8 +132,7 @@ def _prompt_response(
     return example
 
 
-def _messages(row: dict, tokenizer: Tokenizer) -> Example:
-    """Chat turns; every assistant turn is supervised unless it says `"train": false`."""
+def _turns(row: dict) -> list[dict]:
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         raise RowError("malformed", '"messages": expected a non-empty list of turns')
@@ -140,6 +141,12 @@ def _messages(row: dict, tokenizer: Tokenizer) -> Example:
             raise RowError("malformed", f'"messages"[{i}]: expected an object with the strings "role" and "content"')
         if not isinstance(turn.get("train", True), bool):
             raise RowError("malformed", f'"messages"[{i}]["train"]: expected true or false')
+    return turns
+
+
+def _messages(row: dict, tokenizer: Tokenizer) -> Example:
+    """Chat turns; every assistant turn is supervised unless it says `"train": false`."""
+    turns = _turns(row)
     supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
     if not supervised or not any(turns[i]["content"].strip() for i in supervised):
         raise RowError("empty response", '"messages": no assistant turn to train on')

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.config import UserError
 from minilora.model import CausalLM, DecoderConfig, PackedAttention
 from minilora.tokenizer import Tokenizer
 
@@ -98,6 +99,8 @@ def generate_ids(
     A sample's randomness is a function of (seed, first_index + its place), so it does not depend on the batch. The
     answer ends before the stop string; end tokens are kept in `ids` and not in `text`.
     """
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise UserError(f"prompt {first_index + empty[0]} is empty: there is nothing to continue")
     device = model.head_weight.device
     was_training = model.training
     model.eval()
@@ -116,11 +119,12 @@ def generate_ids(
             hidden = model.model(tokens, Prefill(cache, lengths, device))
             hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # the last token of each prompt
             for _ in range(max_new_tokens):
-                draws = torch.tensor([generators[i].random() for i in batch], dtype=torch.float32, device=device)
+                draws = torch.tensor([generators[i].random(dtype=np.float32) for i in batch], dtype=torch.float32, device=device)
                 logits = F.linear(hidden, model.head_weight)
                 tokens = sample(logits, temperature, top_p, draws)
                 for i, token in zip(batch, tokens.tolist(), strict=True):
-                    _extend(answers[i], token, prompts[i], tokenizer, ends, stop)
+                    if not answers[i].finished:
+                        _extend(answers[i], token, prompts[i], tokenizer, ends, stop)
                 progress(sum(not answers[i].finished for i in batch))
                 if all(answers[i].finished for i in batch):
                     break
@@ -133,12 +137,10 @@ def generate_ids(
 
 
 def _extend(answer: Answer, token: int, prompt: Sequence[int], tokenizer: Tokenizer, ends: set[int], stop: Sequence[str]) -> None:
-    if answer.finished:
-        return
     answer.ids.append(token)
     answer.finished = token in ends
     if stop and not answer.finished:  # only the tail can hold a stop string that was not there before
-        tail = answer.ids[-(max(map(len, stop)) + 8) :]
+        tail = answer.ids[-(max(len(s.encode()) for s in stop) + 8) :]
         before = [*prompt, *answer.ids][: -len(tail)]
         answer.finished = any(s in tokenizer.decode_after(before, tail) for s in stop)
 

@@ -17,14 +17,12 @@ from minilora.config import LoraConfig, UserError, nearest
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's path in adapter_model.safetensors
 
-# adapter_config.json fields of PEFT whose effect is not built here, with the values that mean "off"
-UNSUPPORTED = {
-    "bias": ("none",), "use_dora": (False,), "modules_to_save": (None, []), "rank_pattern": ({},), "alpha_pattern": ({},),
-    "layers_to_transform": (None,), "layer_replication": (None,), "fan_in_fan_out": (False,), "lora_bias": (False,),
-    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,), "megatron_config": (None,),
-    "alora_invocation_tokens": (None,), "exclude_modules": (None, []), "use_bdlora": (None, False), "kasa_config": (None,),
-    "arrow_config": (None,), "monteclora_config": (None,),
-}  # fmt: skip
+# adapter_config.json fields of PEFT whose effect is not built here: refused unless empty, false or absent
+UNSUPPORTED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules",
+    "alora_invocation_tokens", "megatron_config", "kasa_config", "arrow_config", "monteclora_config",
+)  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -134,8 +132,8 @@ def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
     """
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported, only LORA")
-    for key, off in UNSUPPORTED.items():
-        if raw.get(key, off[0]) not in off:
+    for key in ("bias", *UNSUPPORTED):
+        if raw.get(key) and raw[key] != "none":
             raise UserError(f"{where}: {key} = {raw[key]!r} is not supported")
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):  # the others change the base weights too

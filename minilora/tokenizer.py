@@ -37,15 +37,6 @@ MISTRAL_TEMPLATE = (
 )
 
 
-def template_named(name: str | None) -> str | None:
-    """The chat template that data.chat_template names: "mistral", a jinja file, or None for the model's own."""
-    if name is None or name == "mistral":
-        return MISTRAL_TEMPLATE if name else None
-    if not Path(name).is_file():
-        raise UserError(f"data.chat_template: {name!r} is neither 'mistral' nor a file")
-    return Path(name).read_text(encoding="utf-8")
-
-
 class Encoding(NamedTuple):
     ids: list[int]
     spans: list[tuple[int, int]]  # of each token: characters [start, end) of the text; empty for what is not in it
@@ -75,10 +66,8 @@ class _SentencePiece:
         self.pattern = re.compile("|".join(re.escape(s) for s in sorted(self.specials, key=len, reverse=True)))
 
     def token_to_id(self, token: str) -> int | None:
-        if token in self.specials:
-            return self.specials[token]
-        i = self.processor.piece_to_id(token)
-        return i if self.pieces[i] == token else None
+        i = self.processor.piece_to_id(token)  # the unknown piece's id for what is none
+        return self.specials.get(token, i if self.pieces[i] == token else None)
 
     def encode(self, text: str) -> Encoding:
         ids: list[int] = []
@@ -249,10 +238,17 @@ class Tokenizer:
         return self.decode([*context, *ids])[len(self.decode(context)) :]
 
     def stop_ids(self) -> set[int]:
-        """Every id that ends an answer: EOS, and what generation_config.json adds to it (Llama 3's <|eot_id|>)."""
+        """Every id that ends an answer: EOS, what generation_config.json adds, and what ends a turn in the chat template
+        (Qwen's base models end a turn with <|im_end|>, though their EOS is another)."""
         more = _read_json(self.directory / "generation_config.json").get("eos_token_id")
         more = more if isinstance(more, list) else [more]
-        return {i for i in (self.eos_id, *more) if isinstance(i, int)}
+        try:
+            text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!answer!"}])
+        except UserError:
+            text = ""
+        rest = text.rpartition("!answer!")[2]
+        ends = sorted((rest.find(token), i) for token, i in self.specials.items() if token in rest)
+        return {i for i in (self.eos_id, *more, *(i for _, i in ends[:1])) if isinstance(i, int)}
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The chat template over `messages` ({"role", "content"}). Raises UserError with the template's own complaint."""
@@ -269,6 +265,8 @@ class Tokenizer:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
         (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        generation = {**_read_json(self.directory / "generation_config.json"), "eos_token_id": sorted(self.stop_ids())}
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
 
 
 class _GenerationTag(jinja2.ext.Extension):

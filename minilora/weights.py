@@ -27,7 +27,7 @@ HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed
 def resolve(name: str, revision: str | None = None) -> Path:
     """The local directory of a model: `name` itself, or the hub's cached snapshot. Raises UserError."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"model {name!r}: no such directory, and not a hub id (owner/name)")
@@ -55,7 +55,10 @@ def weight_map(directory: Path) -> dict[str, Path]:
     """{tensor name: file} of a model in one file or in shards. Raises UserError if a file is missing."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: directory / file for name, file in read_json(index)["weight_map"].items()}
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index}: has no weight_map")
+        files = {name: directory / file for name, file in names.items()}
         for missing in {file for file in files.values() if not file.is_file()}:
             raise UserError(f"{missing} is missing, though {index.name} names it: the download is incomplete")
         return files
@@ -78,7 +81,10 @@ def open_safetensors(path: Path):
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor. The file is closed at once, so that its mapped pages do not count as our memory any longer."""
     with open_safetensors(path) as file:
-        return file.get_tensor(name)
+        try:
+            return file.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path}: {error} (or another split's index)") from error
 
 
 def checkpoint_name(parameter: str) -> str:
