@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in [*files, temporary / "manifest.json", temporary]:
             _sync(path)
-        shutil.rmtree(directory, ignore_errors=True)  # an incomplete one: a complete one is never written again
+        shutil.rmtree(directory, ignore_errors=True)  # incomplete, or of a run continued from before it
         os.rename(temporary, directory)
         _sync(directory.parent)
     except BaseException:
