@@ -107,7 +107,9 @@ def load(
     if bits != 16:
         raise UserError(f"bits={bits} is not supported yet: use 16")
     directory = resolve(name_or_dir, revision)
-    if adapter is None and (directory / "adapter_config.json").is_file():
+    if (directory / "adapter_config.json").is_file():
+        if adapter is not None:
+            raise UserError(f"{name_or_dir} is an adapter itself: name its base as the model, or leave out adapter={adapter!r}")
         adapter = str(directory)
         directory = resolve(*base_of(read_json(directory / "adapter_config.json"), adapter))
     lora = LoraConfig(init_from=adapter) if adapter else None

@@ -44,7 +44,10 @@ class TrainerState:
 
 
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
-    """Make `directory` appear whole: written under a temporary name, synced to disk, listed in a manifest, renamed."""
+    """Make `directory` appear whole: written under a temporary name, synced to disk, listed in a manifest, renamed.
+
+    Raises RunError if the disk will not take it; whatever was there before is intact.
+    """
     temporary = directory.with_name(f".tmp-{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -58,8 +61,10 @@ def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(directory, ignore_errors=True)  # incomplete, or of a run continued from before it
         os.rename(temporary, directory)
         _sync(directory.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | safetensors.SafetensorError):  # the library reports a full disk as its own error
+            raise RunError(f"{directory} could not be written ({error}); what was there before is intact") from error
         raise
 
 
@@ -138,10 +143,7 @@ def save(
         record = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}
         (target / STATE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    try:
-        write_atomically(directory, write)
-    except (OSError, safetensors.SafetensorError) as error:  # the library reports a full disk as its own error
-        raise RunError(f"{directory} could not be written ({error}); earlier checkpoints are intact") from error
+    write_atomically(directory, write)
 
 
 def save_adapter(directory: Path, model: nn.Module, lora: LoraConfig, config: Config) -> None:

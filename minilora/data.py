@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -304,8 +303,7 @@ def _cache_key(path: str, data: DataConfig, tokenizer: Tokenizer) -> str:
 
 def _to_cache(documents: Documents, path: Path) -> None:
     arrays = {k: v for k, v in vars(documents).items() if isinstance(v, np.ndarray)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    os.close(handle)
+    temporary = path.with_suffix(".tmp")  # one writer at a time: the caller holds the lock
     safetensors.numpy.save_file(arrays, temporary, metadata={"counts": json.dumps(asdict(documents.counts))})
     os.replace(temporary, path)
 

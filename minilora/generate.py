@@ -118,7 +118,7 @@ def generate_ids(
             tokens = torch.tensor([t for i in batch for t in prompts[i]], device=device)
             hidden = model.model(tokens, Prefill(cache, lengths, device))
             hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # the last token of each prompt
-            for _ in range(max_new_tokens):
+            for new in range(1, max_new_tokens + 1):
                 draws = torch.tensor([generators[i].random(dtype=np.float32) for i in batch], dtype=torch.float32, device=device)
                 logits = F.linear(hidden, model.head_weight)
                 tokens = sample(logits, temperature, top_p, draws)
@@ -126,7 +126,7 @@ def generate_ids(
                     if not answers[i].finished:
                         _extend(answers[i], token, prompts[i], tokenizer, ends, stop)
                 progress(sum(not answers[i].finished for i in batch))
-                if all(answers[i].finished for i in batch):
+                if new == max_new_tokens or all(answers[i].finished for i in batch):
                     break
                 hidden = model.model(tokens, DecodeStep(cache))
                 cache.lengths = cache.lengths + 1

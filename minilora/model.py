@@ -129,18 +129,15 @@ def _read_rope(get, raw: dict, where: str) -> dict:
 
 def _read_windows(get, kind: str, layers: int, where: str) -> tuple[int | None, ...]:
     """The sliding window of each layer. Mistral: one for all layers. Qwen: `layer_types`, or the upper layers."""
-    window = get("sliding_window", None if kind == "llama" else 4096)
-    types, use, first = get("layer_types"), get("use_sliding_window", False), get("max_window_layers", 28)
-    if kind == "llama":
-        window = None
-    elif kind == "mistral":
-        types = None
-    else:
-        window = window if use else None
-        types = types or ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-        if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-            raise UserError(f"{where}: layer_types must name sliding_attention or full_attention for each layer")
-    return tuple(window if types is None or types[i] == "sliding_attention" else None for i in range(layers))
+    window, types = get("sliding_window", 4096), get("layer_types")
+    use, first = get("use_sliding_window", False), get("max_window_layers", 28)
+    if kind in ("llama", "mistral"):
+        return (window if kind == "mistral" else None,) * layers
+    window = window if use else None
+    types = types or ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+        raise UserError(f"{where}: layer_types must name sliding_attention or full_attention for each layer")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:

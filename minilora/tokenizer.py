@@ -265,7 +265,8 @@ class Tokenizer:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
         (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        generation = {**_read_json(self.directory / "generation_config.json"), "eos_token_id": sorted(self.stop_ids())}
+        generation = _read_json(self.directory / "generation_config.json")
+        generation |= {"eos_token_id": sorted(ends)} if (ends := self.stop_ids()) else {}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
 
 

@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict:
 def weight_map(directory: Path) -> dict[str, Path]:
     """{tensor name: file} of a model in one file or in shards. Raises UserError if a file is missing."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not single.is_file():  # of both, transformers takes the single file
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict):
             raise UserError(f"{index}: has no weight_map")
