@@ -38,7 +38,7 @@ from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
-from minilora.weights import resolve
+from minilora.weights import read_json, resolve
 
 EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
 
@@ -48,7 +48,7 @@ def main(config: Config) -> int:
     out, train = Path(config.output_dir), config.train
     base = resolve(config.model.name, config.model.revision)
     tokenizer = Tokenizer(base, chat_template(config.data.chat_template))
-    documents, chosen, eval_sets = load_data(config, tokenizer)
+    documents, chosen, eval_sets = load_data(config, tokenizer, base)
     if config.preview:
         preview(documents, tokenizer, config.preview, config.seed, out)
         return 0
@@ -60,9 +60,10 @@ def main(config: Config) -> int:
         dist.log(f"{checkpoint} is finished, all {state.step} steps: nothing to do (another output_dir starts a new run)")
         return 0
 
-    checkpoint = set_aside(checkpoint, state.step)
     device = dist.default_device()
     dist.init(device)
+    checkpoint = set_aside(checkpoint, state.step)
+    start_directory(out, config)
     torch.use_deterministic_algorithms(config.deterministic)
     built, parameters = build_trainable(config, checkpoint, base, device)
     model = built.model
@@ -131,7 +132,7 @@ def chat_template(name: str | None) -> str | None:
     return Path(name).read_text(encoding="utf-8")
 
 
-def load_data(config: Config, tokenizer: Tokenizer) -> tuple[Documents, np.ndarray, EvalSets]:
+def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documents, np.ndarray, EvalSets]:
     """Training documents, which of them to use, and the evaluation sets. In-domain ones may be trained on (as in OLLM)."""
     data = config.data
     documents = load_documents(data.train_file, data, tokenizer, "train_file")
@@ -139,6 +140,11 @@ def load_data(config: Config, tokenizer: Tokenizer) -> tuple[Documents, np.ndarr
     if data.eval_file:
         held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
         eval_sets["out_of_domain"] = (held_out, held_out.sample(data.eval_size, config.seed))
+    rows = read_json(base / "config.json").get("vocab_size") or 0
+    largest = max(int(d.tokens.max()) for d, _ in eval_sets.values())
+    if largest >= rows:  # a model is never resized silently
+        token = tokenizer.decode([largest], skip_special_tokens=False)
+        raise UserError(f"the tokenizer gives {token!r} the id {largest}, but {base}/config.json has a vocab_size of {rows}")
     return documents, documents.sample(data.train_size, config.seed), eval_sets
 
 
@@ -155,7 +161,6 @@ def find_checkpoint(config: Config, out: Path, data_digest: str) -> tuple[Path |
     resume = config.train.resume
     checkpoint = newest(out) if resume in ("auto", "never") else Path(resume)
     if checkpoint is None:
-        start_directory(out, config)
         return None, TrainerState(data=data_digest)
     if resume == "never":
         raise UserError(f"train.resume=never, but {out} holds {checkpoint.name}: choose another output_dir, or remove it")
@@ -171,7 +176,6 @@ def find_checkpoint(config: Config, out: Path, data_digest: str) -> tuple[Path |
     for change in changed:
         dist.log(f"continuing {checkpoint} with a change: {change}")
     state.data = data_digest
-    start_directory(out, config)
     return checkpoint, state
 
 
@@ -183,7 +187,7 @@ def build_trainable(
     built = build_model(
         checkpoint if checkpoint and full else base, device, config.model.dtype, lora=None if full else config.lora, full=full,
         random_weights=config.model.init == "random" and checkpoint is None, seed=config.seed,
-        gradient_checkpointing=config.train.gradient_checkpointing, compile_blocks=config.train.compile,
+        gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
     if checkpoint and not full:
         load_adapter_state(built.model, read_adapter(checkpoint)[1], str(checkpoint))

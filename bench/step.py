@@ -53,7 +53,7 @@ def masked(document: torch.Tensor) -> torch.Tensor:
 
 def minilora_step(checkpointing: bool):
     sys.path.insert(0, str(ROOT))
-    from minilora.build import attach_to_block
+    from minilora.build import recompute_blocks
     from minilora.config import LoraConfig
     from minilora.lora import init_adapters, inject
     from minilora.loss import cross_entropy_sum
@@ -64,8 +64,8 @@ def minilora_step(checkpointing: bool):
     with torch.device("meta"):
         model = CausalLM(DecoderConfig.from_hf(MODEL))
     inject(model, LoraConfig(rank=16, alpha=32, target_modules=TARGETS))
-    for block in model.model.layers:
-        attach_to_block(block, checkpointing, False)
+    if checkpointing:
+        recompute_blocks(model)
     draw_weights(model, cpu, torch.bfloat16, 0.02, 0)
     init_adapters(model, 0, cpu)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -2,11 +2,11 @@
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
 
 from minilora import dist
 from minilora.checkpoint import base_of, read_adapter
@@ -41,9 +41,9 @@ def compute_dtype(wanted: str, raw: dict, device: torch.device) -> torch.dtype:
 
 def build_model(
     directory: Path, device: torch.device, dtype: str = "auto", lora: LoraConfig | None = None, full: bool = False,
-    random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False, compile_blocks: bool = False,
+    random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False,
 ) -> Built:  # fmt: skip
-    """config.json -> modules on the meta device -> adapters -> checkpointing, compilation -> weights, tensor by tensor.
+    """config.json -> modules on the meta device -> adapters -> checkpointing -> weights, tensor by tensor.
 
     full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic. Raises UserError.
     """
@@ -62,8 +62,8 @@ def build_model(
     if lora is not None:
         inject(model, lora)  # freezes the base
     model.requires_grad_(full) if lora is None else None
-    for block in model.model.layers:
-        attach_to_block(block, gradient_checkpointing, compile_blocks)
+    if gradient_checkpointing:
+        recompute_blocks(model)
 
     stored = torch.float32 if full else compute
     if random_weights:
@@ -82,17 +82,13 @@ def autocast_to(dtype: torch.dtype | None, device: torch.device) -> contextlib.A
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-def attach_to_block(block: nn.Module, gradient_checkpointing: bool, compile_blocks: bool) -> None:
-    """Recompute a block in the backward pass, or compile it, without the model knowing."""
-    if compile_blocks:
-        block.compile(dynamic=True)
-    if gradient_checkpointing:
-        recompute = torch.utils.checkpoint.checkpoint
-        forward = block.forward
-        # non-reentrant: works although the block's input, from a frozen embedding, needs no gradient
-        block.forward = lambda *args: (
-            recompute(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
-        )
+def recompute_blocks(model: CausalLM) -> None:
+    """Gradient checkpointing: each block runs again in the backward pass instead of keeping its activations.
+
+    Non-reentrant, so it works although the first block's input, from a frozen embedding, needs no gradient.
+    """
+    for block in model.model.layers:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def load(

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from minilora import dist
 from minilora.config import Config, LoraConfig, RunError, UserError, leaves
-from minilora.dist import rank
 from minilora.lora import adapter_state, from_peft_config, to_peft_config
 from minilora.tokenizer import Tokenizer
 from minilora.weights import open_safetensors, read_json, save_config, save_weights
@@ -112,8 +112,10 @@ def set_aside(checkpoint: Path | None, step: int) -> Path | None:
     if checkpoint is None or checkpoint.name != "checkpoint-final":
         return checkpoint
     renamed = checkpoint.with_name(f"checkpoint-{step}")
-    if rank() == 0 and not renamed.exists():
+    dist.barrier()  # every process has found the checkpoint under its old name
+    if dist.rank() == 0 and not renamed.exists():
         os.rename(checkpoint, renamed)
+    dist.barrier()
     return renamed
 
 

@@ -216,7 +216,7 @@ class Config:
 NOT_YET: dict[str, tuple] = {
     "model.bits": (16,), "train.optimizer": ("adamw",), "train.early_stopping_patience": (None,), "eval.metrics": ((),),
     "parallel.strategy": ("auto", "ddp"), "parallel.cpu_offload": (False,), "parallel.shard_size": (None,),
-    "hub.push": (False,), "plan": (False,),
+    "train.compile": (False,), "hub.push": (False,), "plan": (False,),
 }  # fmt: skip
 
 
