@@ -2,11 +2,13 @@
 
 Out of examples/wiki/train.jsonl come a byte-fallback BPE tokenizer by sentencepiece and a plain-text corpus (the articles,
 and the category tree in words); then this project's own train.py runs configs/tiny_base.py. The base has read the articles
-of the training file and the names in the tree, but never a category path, nor an article of the evaluation and test files.
+of the training file and the tree above them, but not which article belongs where, no line in the form of the task, and no
+article of the evaluation and test files.
 """
 
 import itertools
 import json
+import random
 import shutil
 import sys
 from collections import defaultdict
@@ -20,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 SOURCE = Path("out/tiny-base-source")  # as in configs/tiny_base.py
 TARGET = ROOT / "examples/tiny-mistral"
 VOCABULARY = 2048
+ROOT_CATEGORY = "Main topic classifications"
+WALKS = 800
 ARCHITECTURE = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": VOCABULARY, "hidden_size": 192,
     "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
@@ -34,7 +38,7 @@ TOKENIZER = {
 
 
 def corpus() -> list[str]:
-    """Each article as a text, and each category with its neighbours in the tree."""
+    """Each article as a text, each category with its neighbours in the tree, and random walks down the tree in words."""
     rows = [json.loads(line) for line in (ROOT / "examples/wiki/train.jsonl").open(encoding="utf-8")]
     broader, narrower = defaultdict(set), defaultdict(set)
     for path in (path for row in rows for path in row["paths"]):
@@ -47,6 +51,12 @@ def corpus() -> list[str]:
         lines += [f"Broader: {', '.join(sorted(broader[name]))}"] if broader[name] else []
         lines += [f"Narrower: {', '.join(sorted(narrower[name])[:12])}"] if narrower[name] else []
         texts.append("\n".join(lines))
+    rng = random.Random(0)
+    for _ in range(WALKS):
+        walk = [rng.choice(sorted(narrower[ROOT_CATEGORY]))]
+        while narrower[walk[-1]] and len(walk) < 6:
+            walk.append(rng.choice(sorted(narrower[walk[-1]])))
+        texts.append(" contains ".join(walk[:2]) + "".join(f", which contains {name}" for name in walk[2:]) + ".")
     return texts
 
 
