@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,29 @@ def corpus() -> list[str]:
     return texts
 
 
+def as_tokenizer_json(directory: Path) -> None:
+    """Write tokenizer.json, the same BPE in the other library's form: transformers 5 does not read a Mistral directory's
+    tokenizer.model by Mistral's rules (it leaves out the dummy space), but takes a tokenizer.json as it is."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = [
+        (-model.get_score(i), vocab[piece[:k]], vocab[piece[k:]], (piece[:k], piece[k:]))
+        for piece, i in vocab.items()
+        for k in range(1, len(piece))
+        if piece[:k] in vocab and piece[k:] in vocab and not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i))
+    ]
+    bpe = tokenizers.models.BPE(
+        vocab, [pair for *_, pair in sorted(merges)], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    fast = tokenizers.Tokenizer(bpe)
+    n, d = tokenizers.normalizers, tokenizers.decoders
+    fast.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
+    fast.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    fast.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(directory / "tokenizer.json"))
+
+
 def main() -> None:
     import train
     from minilora.config import load_config
@@ -80,11 +104,12 @@ def main() -> None:
         character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
     )  # fmt: skip
+    as_tokenizer_json(SOURCE)
     if code := train.main(load_config([str(ROOT / "configs/tiny_base.py"), *sys.argv[1:]])):
         sys.exit(code)
     trained = Path("out/tiny-base/checkpoint-final")
     TARGET.mkdir(parents=True, exist_ok=True)
-    for name in ("generation_config.json", "tokenizer.model", "tokenizer_config.json"):
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(trained / name, TARGET / name)
     # trained in fp32, kept in bfloat16: half the size
     save_config(TARGET, ARCHITECTURE, torch.bfloat16)
