@@ -152,4 +152,4 @@ def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + scaling * B A in fp32 [out, in]; the caller casts once."""
-    return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scaling)
+    return weight.to(torch.float32, copy=True).addmm_(lora_B.float(), lora_A.float(), alpha=scaling)

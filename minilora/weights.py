@@ -9,6 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -151,12 +152,14 @@ def write_safetensors(
         offset += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:  # one tensor is written while the next is made
+        writing = writer.submit(file.write, struct.pack("<Q", len(raw)) + raw)
         for name, (dtype, shape) in layout.items():
             tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
             assert tensor.shape == torch.Size(shape), name
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            writing.result()
+            writing = writer.submit(file.write, tensor.view(-1).view(torch.uint8).numpy().data)
+        writing.result()
         file.flush()
         os.fsync(file.fileno())
 
@@ -173,9 +176,8 @@ def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
             held = 0
         shards[-1][name] = (dtype, tuple(p.shape))
         held += size
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
+    numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = numbered if len(shards) > 1 else ["model.safetensors"]
     for file, layout in zip(names, shards, strict=True):
         write_safetensors(directory / file, layout, parameters.__getitem__)
     if len(shards) > 1:
