@@ -8,7 +8,7 @@ from pathlib import Path
 import tqdm
 
 from minilora import dist
-from minilora.config import Config, leaves
+from minilora.config import Config, UserError, leaves
 
 
 class Tracker:
@@ -43,6 +43,8 @@ class Tracker:
         self.tensorboard.flush()
 
     def _open_wandb(self, config: Config) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("log.wandb: wandb is not installed (pip install 'minilora[track]')")
         import wandb
 
         run = wandb.init(
