@@ -160,13 +160,14 @@ def test_a_written_file_is_read_by_safetensors(dtype: torch.dtype, tmp_path: Pat
         assert tensor.dtype == dtype and torch.equal(tensor, tensors[name].to(dtype)), name
 
 
-def test_tensors_are_written_one_at_a_time(tmp_path: Path):
+def test_no_more_than_a_few_tensors_are_held_while_writing(tmp_path: Path):
     made: list[weakref.ref] = []
 
     def tensor_of(name: str) -> Tensor:
         memory = np.zeros(5, np.float32)
         made.append(weakref.ref(memory))
-        assert sum(each() is not None for each in made) <= 2  # this one, and the one before it, which still has its name
+        # this one, the one being written meanwhile, and one that the writing thread is about to let go
+        assert sum(each() is not None for each in made) <= 3
         return torch.from_numpy(memory)
 
     write_safetensors(tmp_path / "file", {f"t{i}": (torch.float32, (5,)) for i in range(20)}, tensor_of)
