@@ -17,7 +17,7 @@ import tyro
 import minilora
 from minilora.checkpoint import STATE
 from minilora.config import DataConfig, UserError, run_main
-from minilora.examples import RowError, ask
+from minilora.examples import RowError, article, fill_template, string_of, turns_of
 from minilora.generate import generate_ids
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json
@@ -61,11 +61,11 @@ class Args:
 
 def main(args: Args) -> int:
     check(args)
-    rows = [{"prompt": args.prompt}] if args.prompt is not None else read_rows(args.input or "")
+    rows = [(1, {"prompt": args.prompt})] if args.prompt is not None else read_rows(args.input or "")
     model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, revision=args.revision)
     data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
     prompts = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows:
         try:
             prompts += [tokenizer.encode(ask(row, data, tokenizer)).ids] * args.num_samples
         except RowError as error:
@@ -81,7 +81,7 @@ def main(args: Args) -> int:
         return 0
     with open(args.output or "", "w", encoding="utf-8") as file:
         for i, text in enumerate(texts):
-            row = rows[i // args.num_samples]
+            _, row = rows[i // args.num_samples]
             sample = {"sample": i % args.num_samples} if args.num_samples > 1 else {}
             file.write(json.dumps({"id": i // args.num_samples, **row, **sample, "generated": text}, ensure_ascii=False) + "\n")
     print(f"{len(texts)} answers: {args.output}", file=sys.stderr)
@@ -96,23 +96,31 @@ def check(args: Args) -> None:
         raise UserError("--input and --output go together")
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output: the directory of {args.output!r} does not exist")
+    if args.output is not None and Path(args.output).is_dir():
+        raise UserError(f"--output: {args.output!r} is a directory; name a file in it")
+    if "" in args.stop:
+        raise UserError("--stop: an empty string would end every answer at once")
     if args.input is not None and not Path(args.input).is_file():
         raise UserError(f"--input: {args.input!r} does not exist")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or min(args.max_new_tokens, args.num_samples, args.batch_size) < 1:
         raise UserError("temperature must be >= 0, top_p in (0, 1], max_new_tokens, num_samples and batch_size at least 1")
 
 
-def read_rows(path: str) -> list[dict]:
+def read_rows(path: str) -> list[tuple[int, dict]]:
+    """(line number, row) of every line that is not blank."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file.read().splitlines(), start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
+            rows.append((number, row))
     return rows
 
 
@@ -127,6 +135,28 @@ def training_format(args: Args, tokenizer: Tokenizer) -> DataConfig:
                 known = {f.name for f in dataclasses.fields(DataConfig)}
                 return DataConfig(**{k: v for k, v in values.items() if k in known})
     return DataConfig(format="prompt", chat=tokenizer.has_template)
+
+
+def ask(row: dict, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """The text that asks a model for a row's response, in the form `build` trains it in. A row with only a "prompt" is
+    a user's turn whatever the format (format text: plain text). Raises RowError naming the field."""
+    if data.format == "messages" and "prompt" not in row:
+        turns = turns_of(row)
+        return tokenizer.render(turns[:-1] if turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
+    if data.format == "text":
+        text = string_of(row, "prompt" if "prompt" in row else "text")
+        head, marker, _ = text.rpartition(data.response_marker or "\0")
+        return head + marker if marker else text
+    if data.format == "paths" and "title" in row:
+        prompt = article(row) if data.chat else article(row) + "\n"
+    else:
+        try:
+            prompt = fill_template(data.prompt_template, row) if data.format == "prompt" else string_of(row, "prompt")
+        except RowError:
+            if row.keys() != {"prompt"}:
+                raise
+            prompt = string_of(row, "prompt")
+    return tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True) if data.chat else prompt
 
 
 if __name__ == "__main__":

@@ -55,23 +55,25 @@ def main(config: Config) -> int:
     docs_per_step = train.batch_size * train.grad_acc_steps * dist.world_size()
     steps_per_epoch = math.ceil(len(chosen) / docs_per_step)  # a last, partial step is taken too
     total_steps = train.max_steps or math.ceil(train.epochs * steps_per_epoch)
-    checkpoint, state = find_checkpoint(config, out, digest(documents, chosen))
+    checkpoint, state = find_checkpoint(config, out, digest(documents, chosen), docs_per_step)
+    if checkpoint and state.step >= total_steps and not state.finished:
+        raise UserError(f"{checkpoint} is already past the {total_steps} steps asked for: raise train.max_steps or train.epochs")
     if checkpoint and state.step >= total_steps:
         dist.log(f"{checkpoint} is finished, all {state.step} steps: nothing to do (another output_dir starts a new run)")
         return 0
 
     device = dist.default_device()
     dist.init(device)
-    checkpoint = set_aside(checkpoint, state.step)
-    start_directory(out, config)
     torch.use_deterministic_algorithms(config.deterministic)
     built, parameters = build_trainable(config, checkpoint, base, device)
     model = built.model
     optimizer = adamw(parameters, train)
     if checkpoint:
         load_training_tensors(checkpoint, optimizer, parameters)
+    start_directory(out, config)  # the first thing that is written: whatever is wrong with the input has been found
     resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
+    set_aside(checkpoint, out, state.step)
     tracker = Tracker(config, out, state.step, total_steps)
     window = Window(device)
     order = np.empty(0, dtype=np.int64)
@@ -156,18 +158,23 @@ def digest(documents: Documents, chosen: np.ndarray) -> str:
     return sha.hexdigest()[:16]
 
 
-def find_checkpoint(config: Config, out: Path, data_digest: str) -> tuple[Path | None, TrainerState]:
+def find_checkpoint(config: Config, out: Path, data_digest: str, docs_per_step: int) -> tuple[Path | None, TrainerState]:
     """The checkpoint to continue from, if any, and the state to start in. Raises UserError rather than mix two runs."""
     resume = config.train.resume
     checkpoint = newest(out) if resume in ("auto", "never") else Path(resume)
     if checkpoint is None:
-        return None, TrainerState(data=data_digest)
+        return None, TrainerState(data=data_digest, docs_per_step=docs_per_step)
     if resume == "never":
         raise UserError(f"train.resume=never, but {out} holds {checkpoint.name}: choose another output_dir, or remove it")
+    last = newest(out)
+    if last is not None and last.resolve() != checkpoint.resolve():
+        raise UserError(f"train.resume={resume}, but {out} holds the later {last.name}: choose another output_dir to branch off")
     state, saved = read_state(checkpoint)
     changed = changed_fields(config, saved)
     if state.data != data_digest:
         changed.append("the tokenised training rows")
+    if state.docs_per_step != docs_per_step:  # batch_size x grad_acc_steps x processes: where an epoch's steps begin and end
+        changed.append(f"documents per optimizer step: {state.docs_per_step} -> {docs_per_step}")
     if changed and resume == "auto":
         raise UserError(
             f"{checkpoint} was trained with other settings ({'; '.join(changed)}): choose another output_dir, "
@@ -175,7 +182,7 @@ def find_checkpoint(config: Config, out: Path, data_digest: str) -> tuple[Path |
         )
     for change in changed:
         dist.log(f"continuing {checkpoint} with a change: {change}")
-    state.data = data_digest
+    state.data, state.docs_per_step = data_digest, docs_per_step
     return checkpoint, state
 
 

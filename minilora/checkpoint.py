@@ -41,6 +41,7 @@ class TrainerState:
     supervised_tokens: int = 0
     finished: bool = False
     data: str = ""  # digest of the tokenised training rows
+    docs_per_step: int = 0
 
 
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
@@ -50,12 +51,14 @@ def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = directory.with_name(f".tmp-{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_directory(temporary)
     try:
         write(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in files:  # the safetensors library makes its files for the owner alone
+            shutil.copymode(temporary / "manifest.json", path)
         for path in [*files, temporary / "manifest.json", temporary]:
             _sync(path)
         shutil.rmtree(directory, ignore_errors=True)  # incomplete, or of a run continued from before it
@@ -78,12 +81,19 @@ def _sync(path: Path) -> None:
 
 def start_directory(out: Path, config: Config) -> None:
     """Make OUT, drop what a killed save left behind, and write the resolved config."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     for leftover in out.glob(".tmp-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     (out / "config.json").write_text(
         json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made or is no directory: {error.strerror}") from error
 
 
 def is_complete(directory: Path) -> bool:
@@ -107,16 +117,11 @@ def newest(out: Path) -> Path | None:
     return final if is_complete(final) else next(iter(step_checkpoints(out)[::-1]), None)
 
 
-def set_aside(checkpoint: Path | None, step: int) -> Path | None:
+def set_aside(checkpoint: Path | None, out: Path, step: int) -> None:
     """A finished run that goes on (more epochs): its final checkpoint becomes a step checkpoint, and nothing is lost."""
-    if checkpoint is None or checkpoint.name != "checkpoint-final":
-        return checkpoint
-    renamed = checkpoint.with_name(f"checkpoint-{step}")
-    dist.barrier()  # every process has found the checkpoint under its old name
-    if dist.rank() == 0 and not renamed.exists():
-        os.rename(checkpoint, renamed)
-    dist.barrier()
-    return renamed
+    dist.barrier()  # every process has read the checkpoint under its old name
+    if dist.rank() == 0 and checkpoint is not None and checkpoint.resolve() == (out / "checkpoint-final").resolve():
+        os.rename(checkpoint, out / f"checkpoint-{step}")
 
 
 def prune(out: Path, limit: int | None) -> None:

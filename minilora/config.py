@@ -308,7 +308,7 @@ def validate(config: Config) -> None:
         (config.method == "full" and m.bits != 16, "method='full' trains the weights themselves: model.bits must be 16"),
         (config.method == "full" and config.lora.init_from, "method='full' has no adapter: lora.init_from must be None"),
         (m.init == "random" and config.method == "lora", "model.init='random' needs method='full': a random base stays random"),
-        (t.epochs <= 0, "train.epochs must be positive"),
+        (not 0 < t.epochs < float("inf"), "train.epochs must be positive and finite"),
         (t.max_steps is not None and t.max_steps < 1, "train.max_steps must be at least 1"),
         (min(t.batch_size, t.grad_acc_steps, e.batch_size) < 1, "batch sizes and grad_acc_steps must be at least 1"),
         (not 0 < t.learning_rate < float('inf'), "train.learning_rate must be positive"),
@@ -316,8 +316,8 @@ def validate(config: Config) -> None:
         (t.warmup_ratio is not None and not 0 <= t.warmup_ratio <= 1, "train.warmup_ratio must be in [0, 1]"),
         (not 0 <= t.min_lr_ratio <= 1, "train.min_lr_ratio must be in [0, 1]"),
         (t.min_lr_ratio > 0 and t.lr_scheduler.startswith("constant"), "train.min_lr_ratio needs lr_scheduler cosine or linear"),
-        (t.weight_decay < 0, "train.weight_decay must not be negative"),
-        (t.max_grad_norm < 0, "train.max_grad_norm must not be negative (0 turns clipping off)"),
+        (not 0 <= t.weight_decay < float("inf"), "train.weight_decay must not be negative"),
+        (not t.max_grad_norm >= 0, "train.max_grad_norm must not be negative (0 turns clipping off)"),
         (min(t.logging_steps, e.eval_steps) < 1, "train.logging_steps and eval.eval_steps must be at least 1"),
         (t.save_steps is not None and t.save_steps < 1, "train.save_steps must be at least 1"),
         (t.save_total_limit is not None and t.save_total_limit < 1, "train.save_total_limit must be at least 1"),
@@ -329,7 +329,7 @@ def validate(config: Config) -> None:
         (e.temperature < 0, "eval.temperature must not be negative (0 is greedy)"),
         (not 0 < e.top_p <= 1, "eval.top_p must be in (0, 1]"),
         (e.num_generate_samples < 0 or e.max_new_tokens < 1, "eval.num_generate_samples / max_new_tokens are out of range"),
-        (config.preview < 0, "preview must not be negative"),
+        (min(config.preview, config.seed) < 0, "preview and seed must not be negative"),
     ]  # fmt: skip
     for wrong, message in problems:
         if wrong:

@@ -39,14 +39,15 @@ def build(row: object, data: DataConfig, tokenizer: Tokenizer) -> Example:
     if data.format == "paths":
         return _paths(row, data, tokenizer)
     if data.format == "prompt":
-        prompt, response = _fill(data.prompt_template, row), _fill(data.response_template, row)
+        prompt, response = fill_template(data.prompt_template, row), fill_template(data.response_template, row)
         return _prompt_response(prompt, response, data, tokenizer)
     if data.format == "messages":
         return _messages(row, tokenizer)
     return _text(row, data, tokenizer)
 
 
-def _string(row: dict, key: str) -> str:
+def string_of(row: dict, key: str) -> str:
+    """A column that must be a string."""
     if key not in row:
         raise RowError("malformed", f'"{key}" is missing; the row has {", ".join(map(repr, row)) or "no columns"}')
     if not isinstance(row[key], str):
@@ -54,12 +55,13 @@ def _string(row: dict, key: str) -> str:
     return row[key]
 
 
-def _fill(template: str, row: dict) -> str:
+def fill_template(template: str, row: dict) -> str:
+    """A str.format template over the row's columns."""
     try:
-        return template.format(**row)
+        return template.format(**{name: value for name, value in row.items() if value is not None})
     except KeyError as error:
         raise RowError(
-            "malformed", f"column {error} of the template is missing; the row has {', '.join(map(repr, row))}"
+            "malformed", f"column {error} of the template is missing or null; the row has {', '.join(map(repr, row))}"
         ) from error
     except (IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"data.prompt_template / response_template: {error} (write {{{{ and }}}} for literal braces)") from error
@@ -74,7 +76,7 @@ def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
         for j, node in enumerate(path):
             if not isinstance(node, str) or not node.strip() or "\n" in node or ARROW in node:
                 raise RowError("malformed", f'"paths"[{i}][{j}]: {node!r} is not a name (a string without newline or "{ARROW}")')
-    prompt = _article(row)
+    prompt = article(row)
     nodes, at = [], 0
     for path in paths:
         for j, node in enumerate(path):
@@ -85,27 +87,9 @@ def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
     return _prompt_response(prompt if data.chat else prompt + "\n", response, data, tokenizer, nodes, path_edges(paths))
 
 
-def _article(row: dict) -> str:
-    return f"Title: {_string(row, 'title')}\n{_string(row, 'abstract')}"
-
-
-def ask(row: dict, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """The text that asks a model for a row's response, in the form `build` trains it in. A row with only a "prompt" is
-    a user's turn whatever the format (format text: plain text). Raises RowError naming the field."""
-    if data.format == "messages" and "prompt" not in row:
-        turns = _turns(row)
-        return tokenizer.render(turns[:-1] if turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
-    if data.format == "text":
-        text = _string(row, "prompt" if "prompt" in row else "text")
-        head, marker, _ = text.rpartition(data.response_marker or "\0")
-        return head + marker if marker else text
-    if data.format == "paths" and "title" in row:
-        prompt = _article(row) if data.chat else _article(row) + "\n"
-    elif data.format == "prompt" and row.keys() != {"prompt"}:
-        prompt = _fill(data.prompt_template, row)
-    else:
-        prompt = _string(row, "prompt")
-    return tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True) if data.chat else prompt
+def article(row: dict) -> str:
+    """The prompt of format paths (OLLM's)."""
+    return f"Title: {string_of(row, 'title')}\n{string_of(row, 'abstract')}"
 
 
 def _prompt_response(
@@ -119,7 +103,7 @@ def _prompt_response(
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         example, (at,) = _render_chat(messages, [1], tokenizer)
     else:
-        text = prompt + response + (tokenizer.eos_token or "")
+        text = _ended(prompt + response, tokenizer)
         example, at = Example(text, [(len(prompt), len(text))]), len(prompt)
     kept = len(response.rstrip()) if data.chat else len(response)  # a template may trim the response's end
     at -= len(response) - len(response.lstrip()) if example.text[at : at + kept] != response[:kept] else 0
@@ -132,7 +116,14 @@ def _prompt_response(
     return example
 
 
-def _turns(row: dict) -> list[dict]:
+def _ended(text: str, tokenizer: Tokenizer) -> str:
+    """The text with EOS at its end, once."""
+    eos = tokenizer.eos_token or ""
+    return text if eos and text.endswith(eos) else text + eos
+
+
+def turns_of(row: dict) -> list[dict]:
+    """The chat turns of format messages."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         raise RowError("malformed", '"messages": expected a non-empty list of turns')
@@ -146,7 +137,7 @@ def _turns(row: dict) -> list[dict]:
 
 def _messages(row: dict, tokenizer: Tokenizer) -> Example:
     """Chat turns; every assistant turn is supervised unless it says `"train": false`."""
-    turns = _turns(row)
+    turns = turns_of(row)
     supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
     if not supervised or not any(turns[i]["content"].strip() for i in supervised):
         raise RowError("empty response", '"messages": no assistant turn to train on')
@@ -198,11 +189,11 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
 
 def _text(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
     """Plain text and EOS, supervised after the last response_marker, or everywhere without one."""
-    text = _string(row, "text")
+    text = string_of(row, "text")
     if not text.strip():
         raise RowError("empty response", '"text" is empty')
     if data.response_marker is None:
-        whole = text + (tokenizer.eos_token or "")
+        whole = _ended(text, tokenizer)
         return Example(whole, [(0, len(whole))], prompt=text, shorten=lambda length: Example(text[:length], [(0, length)]))
     prompt, marker, response = text.rpartition(data.response_marker)
     if not marker:
@@ -212,7 +203,7 @@ def _text(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
 
     def cut(length: int) -> Example:
         head = prompt[:length] + marker
-        full = head + response + (tokenizer.eos_token or "")
+        full = _ended(head + response, tokenizer)
         return Example(full, [(len(head), len(full))], prompt=prompt, shorten=cut)
 
     return cut(len(prompt))

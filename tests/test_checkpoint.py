@@ -205,10 +205,15 @@ def test_a_final_checkpoint_is_set_aside(tmp_path: Path):
     final = written(tmp_path / "checkpoint-final", "trained for long")
     written(final / "merged")
     before = contents(final)
-    moved = set_aside(final, 40)
-    assert moved == tmp_path / "checkpoint-40" and contents(moved) == before and is_complete(moved)
+    set_aside(final, tmp_path / "another run", 40)
+    set_aside(None, tmp_path, 0)
+    assert contents(final) == before, "another run's checkpoint is only read"
+    set_aside(final, tmp_path, 40)
+    moved = tmp_path / "checkpoint-40"
+    assert contents(moved) == before and is_complete(moved)
     assert names([*tmp_path.iterdir()]) == ["checkpoint-40"]
-    assert set_aside(moved, 40) == moved and set_aside(None, 0) is None
+    set_aside(moved, tmp_path, 40)
+    assert contents(moved) == before
 
 
 # --- what is in it ---

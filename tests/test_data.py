@@ -15,9 +15,10 @@ import safetensors.numpy
 import torch
 
 import tiny_tokenizers
+from infer import ask
 from minilora.config import DataConfig, UserError
 from minilora.data import Batch, Documents, load_documents, step_order
-from minilora.examples import ask, build
+from minilora.examples import build
 from minilora.labels import IGNORE
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 

@@ -221,6 +221,60 @@ def test_two_runs_are_never_mixed(tmp_path, base):
     assert train.main(c) == 0 and metrics(c)[-1]["step"] == 6, "on purpose it goes on"
 
 
+def test_a_refused_continuation_changes_nothing(tmp_path, base):
+    """Explicitly continuing with what cannot work is refused before the directory is touched."""
+    c = config(tmp_path, base, train__max_steps=2)
+    assert train.main(c) == 0
+    before = contents(Path(c.output_dir))
+    c.train.max_steps, c.lora.rank, c.train.resume = 4, 8, str(Path(c.output_dir) / "checkpoint-final")
+    with pytest.raises(UserError, match="shape"):
+        train.main(c)
+    assert contents(Path(c.output_dir)) == before
+
+
+def test_continuing_another_runs_checkpoint_only_reads_it(tmp_path, base):
+    (tmp_path / "b").mkdir()
+    first = config(tmp_path, base, train__max_steps=2)
+    assert train.main(first) == 0
+    before = contents(Path(first.output_dir))
+    second = config(tmp_path / "b", base, train__max_steps=4, train__resume=str(Path(first.output_dir) / "checkpoint-final"))
+    assert train.main(second) == 0 and [row["step"] for row in metrics(second)] == [3, 4]
+    assert contents(Path(first.output_dir)) == before
+
+
+def test_going_back_in_a_directory_with_later_checkpoints_is_refused(tmp_path, base):
+    """Two branches in one directory would prune and resume each other's checkpoints."""
+    c = config(tmp_path, base, train__max_steps=6, train__save_steps=2)
+    assert train.main(c) == 0
+    c.train.resume = str(Path(c.output_dir) / "checkpoint-2")
+    with pytest.raises(UserError, match="holds the later checkpoint-final"):
+        train.main(c)
+
+
+def test_a_changed_step_size_is_refused(tmp_path, base, monkeypatch):
+    """An epoch's steps begin elsewhere with another number of documents per step, e.g. on more processes."""
+    c = config(tmp_path, base, train__save_steps=2)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 5)
+        with pytest.raises(Crash):
+            train.main(c)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="documents per optimizer step: 4 -> 8"):
+        train.main(c)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    c.train.max_steps = 3
+    with pytest.raises(UserError, match="already past the 3 steps"):
+        train.main(c)
+
+
+def test_an_output_directory_that_cannot_be_is_refused(tmp_path, base):
+    (tmp_path / "file").write_text("")
+    for preview in (0, 1):
+        c = config(tmp_path, base, output_dir=str(tmp_path / "file" / "out"), preview=preview)
+        with pytest.raises(UserError, match="cannot be made"):
+            train.main(c)
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path, base, monkeypatch, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

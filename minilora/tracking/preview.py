@@ -5,6 +5,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+from minilora.checkpoint import make_directory
 from minilora.data import Documents
 from minilora.labels import IGNORE
 from minilora.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def preview(documents: Documents, tokenizer: Tokenizer, count: int, seed: int, o
             print(f"{before}{shown}{after}", end="")
             done += piece
         print("\n")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     with open(out / "preview.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"written to {out / 'preview.jsonl'}")
