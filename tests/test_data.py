@@ -689,3 +689,16 @@ def test_the_largest_step_comes_first_of_all():
 def test_the_partial_step_stays_last(epoch):
     plain, grouped = (step_order(lengths(1003), 8, 0, epoch, True, group) for group in (False, True))
     assert grouped[-3:].tolist() == plain[-3:].tolist()
+
+
+def test_a_null_column_of_a_template_is_malformed(tmp_path):
+    """Not the text "None"."""
+    documents = load(tmp_path, [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}], format="prompt")
+    assert documents.counts.kept == 1 and "completion" in documents.counts.dropped["malformed"][0]
+
+
+@pytest.mark.parametrize("row", [{"text": "a b</s>"}, {"prompt": "a ", "completion": "b</s>"}])
+def test_eos_is_there_once(row, tmp_path):
+    of = tokenizer("mistral")
+    documents = load(tmp_path, [row], of, format="text" if "text" in row else "prompt", chat=False)
+    assert list(documents.ids(0)).count(of.eos_id) == 1 and documents.labels(0)[-1] == of.eos_id

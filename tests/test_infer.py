@@ -349,3 +349,23 @@ def test_the_command_line(checkpoint: Path, command, tmp_path: Path):
     assert (code, out) == (0, "") and "1 answers: out.jsonl" in err
     assert read_rows(tmp_path / "out.jsonl") == [{"id": 0, "prompt": TEXT, "generated": answer(checkpoint, user(TEXT))}]
     assert command(str(checkpoint), "--promt", "x")[0] == 2
+
+
+def test_blank_lines_of_the_input_are_passed_over(checkpoint: Path, tmp_path: Path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n\n', encoding="utf-8")
+    args = infer.Args(
+        str(checkpoint), input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.jsonl"), max_new_tokens=2, raw=True
+    )
+    assert infer.main(args) == 0
+    assert [row["prompt"] for row in read_rows(tmp_path / "out.jsonl")] == ["a", "b"]
+
+
+def test_arguments_that_would_lose_the_answers_are_refused(checkpoint: Path, tmp_path: Path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "\\ud800"}\n', encoding="utf-8")
+    for options, message in (
+        ({"output": str(tmp_path)}, "is a directory"),
+        ({"output": str(tmp_path / "out"), "stop": ("",)}, "--stop"),
+        ({"output": str(tmp_path / "out")}, "in.jsonl:1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            infer.main(infer.Args(str(checkpoint), input=str(tmp_path / "in.jsonl"), **options))
