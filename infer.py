@@ -17,7 +17,7 @@ import tyro
 import minilora
 from minilora.checkpoint import STATE
 from minilora.config import DataConfig, UserError, run_main
-from minilora.examples import RowError, article, fill_template, string_of, turns_of
+from minilora.examples import RowError, article, fill_template, parse, string_of, turns_of
 from minilora.generate import generate_ids
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json
@@ -114,10 +114,9 @@ def read_rows(path: str) -> list[tuple[int, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
+                row = parse(line)
+            except RowError as error:
+                raise UserError(f"{path}:{number}: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
             rows.append((number, row))

@@ -89,7 +89,7 @@ def main(config: Config) -> int:
                 batch = documents.batch(which, draw=(config.seed, epoch))
                 with autocast_to(built.autocast, device):
                     hidden = model.hidden(batch.tokens.to(device, non_blocking=True), batch.lengths)
-                loss = cross_entropy_sum(hidden, model.head_weight, batch.labels.to(device, non_blocking=True))
+                loss = cross_entropy_sum(hidden, model.head_weight, batch.labels)
                 loss.backward()  # of the sum: finish_gradients divides by the count over all micro-steps and ranks
                 window.add(loss.detach(), batch.supervised, len(batch.tokens))
             window.grad_norm = finish_gradients(list(parameters.values()), window, train.max_grad_norm)
@@ -113,8 +113,8 @@ def main(config: Config) -> int:
                 if evaluating:
                     evaluate(config, built, tokenizer, eval_sets, tracker, position)
                 if saving:
-                    tensors = training_tensors(optimizer, parameters, keep_masters=built.autocast is not None)
-                    tracker.log(position | {"checkpoint": save_checkpoint(config, built, tokenizer, state, tensors, base)})
+                    name = save_checkpoint(config, built, tokenizer, state, optimizer, parameters, base)
+                    tracker.log(position | {"checkpoint": name})
                 window.restart_clock()
     tracker.close()
     dist.finish()
@@ -272,7 +272,7 @@ def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets,
             batch = documents.batch(docs)
             with torch.no_grad(), autocast_to(built.autocast, device):
                 hidden = model.hidden(batch.tokens.to(device), batch.lengths)
-                sums[0] += cross_entropy_sum(hidden, model.head_weight, batch.labels.to(device))
+                sums[0] += cross_entropy_sum(hidden, model.head_weight, batch.labels)
             sums[1] += batch.supervised
         total, supervised = dist.all_reduce_sum(sums).tolist()
         loss = total / supervised
@@ -294,11 +294,13 @@ def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets,
 
 
 def save_checkpoint(
-    config: Config, built: Built, tokenizer: Tokenizer, state: TrainerState, tensors: dict[str, Tensor], base: Path
+    config: Config, built: Built, tokenizer: Tokenizer, state: TrainerState, optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter], base: Path,
 ) -> str:  # fmt: skip
     """Write OUT/checkpoint-<step> or checkpoint-final on the first process; returns its name."""
     out, name = Path(config.output_dir), "checkpoint-final" if state.finished else f"checkpoint-{state.step}"
     if dist.rank() == 0:
+        tensors = training_tensors(optimizer, parameters, keep_masters=built.autocast is not None)
         save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype)
         prune(out, config.train.save_total_limit)
     dist.barrier()

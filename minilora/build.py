@@ -1,6 +1,5 @@
 """Building a model, in one function that can be followed from top to bottom."""
 
-import contextlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,9 +76,9 @@ def build_model(
     return Built(model, compute, lora, compute if full and compute != torch.float32 else None)
 
 
-def autocast_to(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
     """16-bit arithmetic over fp32 weights, or nothing."""
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def recompute_blocks(model: CausalLM) -> None:

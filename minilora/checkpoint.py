@@ -80,7 +80,9 @@ def _sync(path: Path) -> None:
 
 
 def start_directory(out: Path, config: Config) -> None:
-    """Make OUT, drop what a killed save left behind, and write the resolved config."""
+    """Make OUT, drop what a killed save left behind, and write the resolved config; the first process does."""
+    if dist.rank() > 0:
+        return
     make_directory(out)
     for leftover in out.glob(".tmp-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -126,7 +128,7 @@ def set_aside(checkpoint: Path | None, out: Path, step: int) -> None:
 
 def prune(out: Path, limit: int | None) -> None:
     """Remove the oldest step checkpoints beyond `limit`; renamed first, so that none is ever half there."""
-    for old in step_checkpoints(out)[: -limit if limit else 0] if limit else []:
+    for old in step_checkpoints(out)[:-limit] if limit else []:
         doomed = old.with_name(f".tmp-{old.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(old, doomed)
@@ -194,7 +196,7 @@ def training_tensors(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Par
     tensors = {f"master.{name}": p.detach().contiguous() for name, p in masters.items() if keep_masters}
     for name, p in masters.items():
         for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone().contiguous()
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().contiguous()
     return tensors
 
 

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from minilora import dist
 from minilora.config import DataConfig, UserError
-from minilora.examples import RowError, build
+from minilora.examples import RowError, build, parse
 from minilora.labels import IGNORE, Edge, draw_kept, keep_probabilities, mark_tokens
 from minilora.tokenizer import Tokenizer
 
 CHUNK_LINES = 256  # lines a worker takes at a time
+TOO_LONG = "longer than {} tokens"
 LOCATIONS_SHOWN = 3  # of each reason for dropping, in the counts table
 
 
@@ -110,9 +111,9 @@ class Documents:
 
     def batch(self, which: Sequence[int] | np.ndarray, draw: tuple[int, int] | None = None) -> Batch:
         """The documents of `which` as one packed batch; draw as for `labels`."""
-        tokens = np.concatenate([self.ids(i) for i in which]).astype(np.int64)
-        labels = np.concatenate([self.labels(i, draw) for i in which])
-        return Batch(torch.from_numpy(tokens), [int(self.lengths[i]) for i in which], torch.from_numpy(labels))
+        ids = [self.ids(i) for i in which]
+        tokens, labels = np.concatenate(ids).astype(np.int64), np.concatenate([self.labels(i, draw) for i in which])
+        return Batch(torch.from_numpy(tokens), [len(x) for x in ids], torch.from_numpy(labels))
 
     def prompt_and_target(self, i: int) -> tuple[list[int], list[int]]:
         """Ids up to the last supervised stretch of document i, and that stretch: what to ask, and what to expect."""
@@ -186,7 +187,7 @@ def _tokenise_file(path: str, data: DataConfig, tokenizer: Tokenizer) -> Documen
     rows: list[tuple] = []
     edges: list[list[Edge]] = []
     counter: Counter[Edge] = Counter()
-    for results in _map_chunks(chunks, path, data, tokenizer):
+    for results in _map_chunks(chunks, data, tokenizer):
         bar.update(len(results))
         for line, row, row_edges, note in results:
             counter.update(row_edges or [])
@@ -198,7 +199,7 @@ def _tokenise_file(path: str, data: DataConfig, tokenizer: Tokenizer) -> Documen
             counts.truncated += note[0]
             counts.straddling += note[1]
     bar.close()
-    if data.too_long == "error" and (long := counts.dropped.get(_too_long(data))):
+    if data.too_long == "error" and (long := counts.dropped.get(TOO_LONG.format(data.max_seq_length))):
         raise UserError(f"data.too_long=error: {long[0]}")
     counts.kept = len(rows)
     probability = keep_probabilities(counter)
@@ -212,11 +213,7 @@ def _tokenise_file(path: str, data: DataConfig, tokenizer: Tokenizer) -> Documen
     )  # fmt: skip
 
 
-def _too_long(data: DataConfig) -> str:
-    return f"longer than {data.max_seq_length} tokens"
-
-
-def _map_chunks(chunks: list, path: str, data: DataConfig, tokenizer: Tokenizer) -> Iterator[list[tuple]]:
+def _map_chunks(chunks: list, data: DataConfig, tokenizer: Tokenizer) -> Iterator[list[tuple]]:
     """`_tokenise_chunk` over all chunks, in order; in worker processes when there is enough to do."""
     _start_worker(data, tokenizer)
     if data.num_workers == 1 or len(chunks) < 8:
@@ -247,13 +244,7 @@ def _tokenise_chunk(chunk: tuple[int, list[bytes]]) -> list[tuple]:
         try:
             if not raw.strip():
                 raise RowError("blank line", "blank")
-            try:
-                row = json.loads(raw)
-                if b"\\u" in raw:  # an escaped lone surrogate is JSON, but no text
-                    json.dumps(row, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
-                raise RowError("malformed", f"not JSON: {error}") from error
-            example = build(row, data, tokenizer)
+            example = build(parse(raw), data, tokenizer)
             edges = example.edges  # counted even if the row turns out too long: n(u, v) is of the whole file
             results.append((line, *_tokenise_row(example, data, tokenizer)))
         except RowError as error:
@@ -274,7 +265,7 @@ def _tokenise_row(example, data: DataConfig, tokenizer: Tokenizer) -> tuple:
         excess = len(ids) - data.max_seq_length
         if data.too_long != "truncate" or whole.shorten is None or begin < 0 or not inside:
             detail = "" if data.too_long != "truncate" else ", even without its prompt"
-            raise RowError(_too_long(data), f"{length} tokens{detail} (data.max_seq_length, data.too_long)")
+            raise RowError(TOO_LONG.format(data.max_seq_length), f"{length} tokens{detail} (data.max_seq_length, data.too_long)")
         cut, truncated = max(0, (inside[-excess] if excess <= len(inside) else begin) - begin), True
         example = whole.shorten(cut)
         ids, spans = tokenizer.encode(example.text)

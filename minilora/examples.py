@@ -4,6 +4,7 @@ Each format is one function from a row's columns to an `Example`. Spans are char
 ever found by searching token ids, so no example is lost because a name does not survive the tokenizer.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,6 +31,17 @@ class Example:
     edges: list[Edge] = field(default_factory=list)  # and its edge
     prompt: str = ""  # the part that too_long="truncate" may shorten
     shorten: Callable[[int], "Example"] | None = None  # the same example with only so many characters of it
+
+
+def parse(line: bytes) -> object:
+    """The JSON of a line. Raises RowError, also for a lone surrogate, which is JSON, but no text."""
+    try:
+        row = json.loads(line)
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise RowError("malformed", f"not JSON: {error}") from error
+    return row
 
 
 def build(row: object, data: DataConfig, tokenizer: Tokenizer) -> Example:

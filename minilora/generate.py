@@ -3,7 +3,6 @@
 Shapes: S prompts decoded together (slots), T tokens, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -108,8 +107,7 @@ def generate_ids(
     answers = [Answer() for _ in prompts]
     generators = [np.random.default_rng([seed, first_index + i]) for i in range(len(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    context = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
-    with context:
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for start in range(0, len(prompts), batch_size):
             batch = by_length[start : start + batch_size]
             lengths = [len(prompts[i]) for i in batch]

@@ -59,8 +59,9 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Equals `F.cross_entropy(hidden[:-1] @ weight.T, labels[1:], reduction="sum")`.
     """
     targets = labels[1:]
-    rows = (targets != -100).nonzero().squeeze(1)
+    rows = (targets != -100).nonzero().squeeze(1)  # on the host, if the labels are there: counting rows on a GPU waits for it
+    rows, targets = rows.to(hidden.device, non_blocking=True), targets[rows].to(hidden.device, non_blocking=True)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # a custom function does not notice no_grad by itself
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden[rows], weight, targets[rows])
+        return _ChunkedCrossEntropy.apply(hidden[rows], weight, targets)

@@ -17,6 +17,7 @@ class Tracker:
     def __init__(self, config: Config, out: Path, start_step: int, total_steps: int):
         self.active = dist.rank() == 0
         self.writers: list = []
+        self.closers: list = []
         if not self.active:
             return
         self.out = out
@@ -36,6 +37,7 @@ class Tracker:
 
         self.tensorboard = SummaryWriter(str(self.out / "runs"), purge_step=start_step + 1 if start_step else None)
         self.writers.append(self._write_tensorboard)
+        self.closers.append(self.tensorboard.close)
 
     def _write_tensorboard(self, row: dict) -> None:
         for key, value in _scalars(row).items():
@@ -75,8 +77,8 @@ class Tracker:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            if hasattr(self, "tensorboard"):
-                self.tensorboard.close()
+            for close in self.closers:
+                close()
 
 
 def append(path: Path, rows: list[dict]) -> None:
