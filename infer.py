@@ -16,9 +16,10 @@ import tyro
 
 import minilora
 from minilora.checkpoint import STATE
-from minilora.config import DataConfig, UserError, run_main
+from minilora.config import DataConfig, UserError
 from minilora.examples import RowError, article, fill_template, parse, string_of, turns_of
 from minilora.generate import generate_ids
+from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json
 
@@ -55,6 +56,8 @@ class Args:
     """Give the prompt to the model as it is, without the chat template."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype."""
+    bits: Literal[16, 8, 4] | None = None
+    """Width of the linear layers' weights; default: as the adapter was trained over, or as the model is stored."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
@@ -62,7 +65,7 @@ class Args:
 def main(args: Args) -> int:
     check(args)
     rows = [(1, {"prompt": args.prompt})] if args.prompt is not None else read_rows(args.input or "")
-    model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, revision=args.revision)
+    model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, args.bits, revision=args.revision)
     data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
     prompts = []
     for number, row in rows:

@@ -1,29 +1,50 @@
 """Fold an adapter into its base: python merge.py OUT/checkpoint-final -> OUT/checkpoint-final/merged, in HF layout.
 
 Shard by shard and tensor by tensor, so memory holds a few tensors, not the model. Sums are fp32 and cast once.
+
+An adapter trained over a quantised base (QLoRA) can be folded into the original 16-bit weights, the default, or with
+--from-quantised into the dequantised weights that it was trained over. --verify shows how far each is from the live model.
 """
 
 import json
 import math
 import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tqdm
 import tyro
 from torch import Tensor
 
-from minilora.build import DTYPES, build_model
-from minilora.checkpoint import STATE, base_of, read_adapter, write_atomically
-from minilora.config import LoraConfig, UserError, run_main
+from minilora.build import DTYPES, build_model, compute_dtype, quantized_layers, stored_bits
+from minilora.checkpoint import STATE, base_of, read_adapter, trained_over, write_atomically
+from minilora.config import LoraConfig, ModelConfig, UserError
 from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
+from minilora.model import CausalLM, DecoderConfig
+from minilora.running.settings import run_main
 from minilora.tokenizer import TOKENIZER_FILES
-from minilora.weights import open_safetensors, read_json, read_tensor, resolve, save_config, weight_map, write_safetensors
+from minilora.weights import (
+    open_safetensors,
+    read_json,
+    read_named,
+    read_tensor,
+    resolve,
+    save_config,
+    weight_map,
+    write_safetensors,
+)
+
+if TYPE_CHECKING:
+    from minilora.quant import QuantizedLinear
 
 CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VERIFY_TOKENS = 64
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype, shape
 
 
 @dataclass
@@ -38,8 +59,13 @@ class Args:
     """Where to write (default: CHECKPOINT/merged)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the written weights; auto keeps each tensor's own."""
+    from_quantised: bool = False
+    """QLoRA: fold into the dequantised weights that the adapter was trained over, not into the original base."""
+    bits: Literal[8, 4] | None = None
+    """How the base was quantised in training, where the checkpoint does not say (another trainer's QLoRA adapter)."""
     verify: bool = False
-    """Afterwards run base + adapter and the merged model on random tokens and print the largest logit gap."""
+    """Afterwards run base + adapter and the merged model on random tokens and print the largest logit gap, for a QLoRA
+    adapter of both ways to merge."""
 
 
 def main(args: Args) -> int:
@@ -54,54 +80,119 @@ def main(args: Args) -> int:
     out = Path(args.out) if args.out else checkpoint / "merged"
     if out.exists():
         raise UserError(f"{out} exists: remove it or choose another --out")
-    write_atomically(out, lambda target: merge(base, checkpoint, lora, adapter, args.dtype, target))
+    raw_base = read_json(base / "config.json")
+    stored = stored_bits(raw_base, str(base / "config.json"))
+    ran = trained_over(checkpoint) or ModelConfig()
+    bits = args.bits or (ran.bits if stored == 16 else stored)
+    if args.from_quantised and bits == 16:
+        raise UserError("--from-quantised: the adapter was trained over 16-bit weights (if not, say so: --bits 4)")
+    if stored < 16 and not args.from_quantised:
+        raise UserError(f"{base} is quantised: merge with --from-quantised, or name its 16-bit original with --base")
+    trained = Trained(base, lora, adapter, bits, ran.double_quant, compute_dtype(ran.dtype, raw_base, torch.device("cpu")))
+
+    write_atomically(out, lambda target: merge(trained, checkpoint, args.dtype, args.from_quantised, target))
     print(f"merged model: {out}")
-    if args.verify:
-        gap, largest = largest_gap(base, lora, adapter, out)
-        print(f"largest logit gap between base + adapter (in fp32) and merged: {gap:.3g}, beside logits up to {largest:.3g}")
+    if not args.verify:
+        return 0
+    live = live_logits(trained)
+    gap = largest_gap(live, out)
+    if bits == 16:
+        print(
+            f"largest logit gap between base + adapter (in fp32) and merged: {gap:.3g}, beside logits up to {live.abs().max():.3g}"
+        )
+        return 0
+    gaps = {args.from_quantised: f"{gap:.3g} (this one)"}
+    if stored == 16:  # of the other way as well
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=out.parent) as other:
+            merge(trained, checkpoint, args.dtype, not args.from_quantised, Path(other))
+            gaps[not args.from_quantised] = f"{largest_gap(live, Path(other)):.3g}"
+    print(f"largest logit gap to the live {bits}-bit base + adapter, beside logits up to {live.abs().max():.3g}:")
+    print(f"  merged into the original base      {gaps.get(False, 'the base is only there quantised')}")
+    print(f"  merged into the dequantised base   {gaps[True]}")
     return 0
 
 
-def merge(base: Path, checkpoint: Path, lora: LoraConfig, adapter: dict[str, Tensor], dtype: str, target: Path) -> None:
+@dataclass
+class Trained:
+    """An adapter and what it was trained over: a base, held in so many bits, with arithmetic in `dtype`."""
+
+    base: Path
+    lora: LoraConfig
+    adapter: dict[str, Tensor]
+    bits: int
+    double_quant: bool
+    dtype: torch.dtype
+
+    def quantized(self) -> "dict[str, QuantizedLinear]":
+        """The layers that were quantised, not filled yet, by path."""
+        raw = read_json(self.base / "config.json")
+        with torch.device("meta"):
+            model = CausalLM(DecoderConfig.from_hf(raw, str(self.base / "config.json")))
+        return quantized_layers(model, raw, self.base, self.bits, self.double_quant)
+
+
+def merge(trained: Trained, checkpoint: Path, dtype: str, from_quantised: bool, target: Path) -> None:
     """Write the merged model into `target`, with the base's own shards. Raises UserError if a target is not in the base."""
+    base, adapter = trained.base, trained.adapter
     files = weight_map(base)
     left = {name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")}
     if lost := sorted(path for path in left if f"{path}.weight" not in files):
         raise UserError(f"{base} has no {lost[0]}.weight, which the adapter changes: not this adapter's base")
+    quantized = trained.quantized() if from_quantised else {}
 
     def tensor_of(name: str) -> Tensor:
-        tensor = read_tensor(file, name)
         path = name.removesuffix(".weight")
         bar.update()
+        if layer := quantized.pop(path, None):  # dropped afterwards: memory holds one of them
+            layer.fill(partial(read_named, files, path), torch.device("cpu"), trained.dtype)
+            tensor = layer.dequantize(torch.float32)
+        else:
+            tensor = read_tensor(files[name], name)
         if path not in left:
             return tensor
         A, B = (adapter[f"{PEFT_PREFIX}{path}.lora_{part}.weight"] for part in "AB")
         if tensor.shape != (B.shape[0], A.shape[1]):
             raise UserError(f"{path}: the base's weight is {list(tensor.shape)}, the adapter's update {[B.shape[0], A.shape[1]]}")
-        return merged_weight(tensor, A, B, scaling_of(lora))
+        return merged_weight(tensor, A, B, scaling_of(trained.lora))
 
-    dtypes, size = set(), 0
-    with tqdm.tqdm(total=len(files), desc="merging", unit=" tensors") as bar:
-        for file in sorted(set(files.values())):
-            with open_safetensors(file) as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}
-                if odd := [s.get_dtype() for s in slices.values() if s.get_dtype() not in CODES]:
-                    raise UserError(f"{file}: holds {odd[0]} tensors; merging wants a base in float32, float16 or bfloat16")
-                layout = {n: (DTYPES.get(dtype, CODES[s.get_dtype()]), tuple(s.get_shape())) for n, s in slices.items()}
-            dtypes |= {d for d, _ in layout.values()}
-            size += sum(d.itemsize * math.prod(shape) for d, shape in layout.values())
+    layouts = {file: layout_of(file, DTYPES.get(dtype), quantized, trained.dtype) for file in sorted(set(files.values()))}
+    with tqdm.tqdm(total=sum(map(len, layouts.values())), desc="merging", unit=" tensors") as bar:
+        for file, layout in layouts.items():
             write_safetensors(target / file.name, layout, tensor_of)
-    copy_beside(base, checkpoint, target, next(iter(dtypes)) if len(dtypes) == 1 else torch.float32, size)
+    copy_beside(base, checkpoint, target, layouts)
 
 
-def copy_beside(base: Path, checkpoint: Path, target: Path, dtype: torch.dtype, size: int) -> None:
+def layout_of(
+    file: Path, dtype: torch.dtype | None, quantized: "Mapping[str, QuantizedLinear]", dequantised: torch.dtype
+) -> Layout:
+    """What to write for a file of the base: each tensor in `dtype` or its own; of quantised layers one weight each."""
+    layout: Layout = {}
+    beside = {f"{path}.{name}" for path, layer in quantized.items() for name in layer.names if name != "weight"}
+    with open_safetensors(file) as opened:
+        for name in opened.keys():
+            code, shape = opened.get_slice(name).get_dtype(), tuple(opened.get_slice(name).get_shape())
+            layer = quantized.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if layer is not None and layer.is_stored:
+                layout[name] = (dtype or dequantised, (layer.out_features, layer.in_features))
+            elif name not in beside:
+                if code not in CODES:
+                    raise UserError(f"{file}: holds {code} tensors; merging wants a base in float32, float16 or bfloat16")
+                layout[name] = (dtype or CODES[code], shape)
+    return layout
+
+
+def copy_beside(base: Path, checkpoint: Path, target: Path, layouts: dict[Path, Layout]) -> None:
     """What makes the weights a model: config, index, tokenizer and template (the checkpoint's own, if it has one)."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
-        read = read_json(index)
+        size = sum(d.itemsize * math.prod(shape) for layout in layouts.values() for d, shape in layout.values())
+        names = {name: file.name for file, layout in layouts.items() for name in layout}
+        read = {**read_json(index), "weight_map": names}
         read["metadata"] = {**read.get("metadata", {}), "total_size": size}
         (target / index.name).write_text(json.dumps(read, indent=2), encoding="utf-8")
-    save_config(target, read_json(base / "config.json"), dtype)
+    dtypes = {d for layout in layouts.values() for d, _ in layout.values()}
+    raw = {key: value for key, value in read_json(base / "config.json").items() if key != "quantization_config"}
+    save_config(target, raw, next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
     for name in TOKENIZER_FILES:
         source = checkpoint / name if (checkpoint / name).is_file() else base / name
         if source.is_file():
@@ -112,17 +203,25 @@ def copy_beside(base: Path, checkpoint: Path, target: Path, dtype: torch.dtype, 
 
 
 @torch.no_grad()
-def largest_gap(base: Path, lora: LoraConfig, adapter: dict[str, Tensor], merged: Path) -> tuple[float, float]:
-    """Largest absolute difference of logits between the live adapter and the merged model on random tokens, and the
-    largest logit. Arithmetic is fp32: what is left is the rounding of the merged weights to their dtype."""
-    cpu = torch.device("cpu")
-    live = build_model(base, cpu, "float32", lora).model.eval()
-    load_adapter_state(live, adapter, "adapter")
-    tokens = torch.randint(live.config.vocab_size, (VERIFY_TOKENS,), generator=torch.Generator().manual_seed(0))
-    expected = live(tokens)
-    del live
-    logits = build_model(merged, cpu, "float32").model.eval()(tokens)
-    return float((expected - logits).abs().max()), float(expected.abs().max())
+def live_logits(trained: Trained) -> Tensor:
+    """Logits [T, vocab] of base + adapter on random tokens. Arithmetic is fp32, over the weights as they were trained."""
+    quantised = trained.bits < 16
+    dtype = str(trained.dtype).removeprefix("torch.") if quantised else "float32"
+    cpu, double_quant = torch.device("cpu"), trained.double_quant
+    model = build_model(trained.base, cpu, dtype, trained.lora, bits=trained.bits, double_quant=double_quant).model
+    load_adapter_state(model, trained.adapter, "adapter")
+    return model.float().eval()(random_tokens(model))
+
+
+@torch.no_grad()
+def largest_gap(live: Tensor, merged: Path) -> float:
+    """Largest absolute difference of a merged model's logits, in fp32, from the live ones."""
+    model = build_model(merged, torch.device("cpu"), "float32").model.eval()
+    return float((live - model(random_tokens(model))).abs().max())
+
+
+def random_tokens(model: CausalLM) -> Tensor:
+    return torch.randint(model.config.vocab_size, (VERIFY_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,19 @@ from minilora import dist
 from minilora.build import Built, autocast_to, build_model
 from minilora.checkpoint import (
     TrainerState,
-    changed_fields,
     load_training_tensors,
-    newest,
-    prune,
     read_adapter,
-    read_state,
     save,
-    set_aside,
-    start_directory,
     training_tensors,
 )
-from minilora.config import Config, TrainConfig, UserError, load_config, run_main
-from minilora.data import Documents, load_documents, step_order
+from minilora.config import Config, TrainConfig, UserError
+from minilora.data import Documents, step_order
 from minilora.generate import generate_ids
 from minilora.lora import load_adapter_state
 from minilora.loss import cross_entropy_sum
+from minilora.running.cache import load_documents
+from minilora.running.directory import find_checkpoint, prune, set_aside, start_directory
+from minilora.running.settings import load_config, run_main
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview
@@ -67,9 +64,7 @@ def main(config: Config) -> int:
     torch.use_deterministic_algorithms(config.deterministic)
     built, parameters = build_trainable(config, checkpoint, base, device)
     model = built.model
-    optimizer = adamw(parameters, train)
-    if checkpoint:
-        load_training_tensors(checkpoint, optimizer, parameters)
+    optimizer = adamw(parameters, train, checkpoint)
     start_directory(out, config)  # the first thing that is written: whatever is wrong with the input has been found
     resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
@@ -158,34 +153,6 @@ def digest(documents: Documents, chosen: np.ndarray) -> str:
     return sha.hexdigest()[:16]
 
 
-def find_checkpoint(config: Config, out: Path, data_digest: str, docs_per_step: int) -> tuple[Path | None, TrainerState]:
-    """The checkpoint to continue from, if any, and the state to start in. Raises UserError rather than mix two runs."""
-    resume = config.train.resume
-    checkpoint = newest(out) if resume in ("auto", "never") else Path(resume)
-    if checkpoint is None:
-        return None, TrainerState(data=data_digest, docs_per_step=docs_per_step)
-    if resume == "never":
-        raise UserError(f"train.resume=never, but {out} holds {checkpoint.name}: choose another output_dir, or remove it")
-    last = newest(out)
-    if last is not None and last.resolve() != checkpoint.resolve():
-        raise UserError(f"train.resume={resume}, but {out} holds the later {last.name}: choose another output_dir to branch off")
-    state, saved = read_state(checkpoint)
-    changed = changed_fields(config, saved)
-    if state.data != data_digest:
-        changed.append("the tokenised training rows")
-    if state.docs_per_step != docs_per_step:  # batch_size x grad_acc_steps x processes: where an epoch's steps begin and end
-        changed.append(f"documents per optimizer step: {state.docs_per_step} -> {docs_per_step}")
-    if changed and resume == "auto":
-        raise UserError(
-            f"{checkpoint} was trained with other settings ({'; '.join(changed)}): choose another output_dir, "
-            f"or continue it on purpose with --train.resume {checkpoint}"
-        )
-    for change in changed:
-        dist.log(f"continuing {checkpoint} with a change: {change}")
-    state.data, state.docs_per_step = data_digest, docs_per_step
-    return checkpoint, state
-
-
 def build_trainable(
     config: Config, checkpoint: Path | None, base: Path, device: torch.device
 ) -> tuple[Built, dict[str, nn.Parameter]]:
@@ -194,24 +161,36 @@ def build_trainable(
     built = build_model(
         checkpoint if checkpoint and full else base, device, config.model.dtype, lora=None if full else config.lora, full=full,
         random_weights=config.model.init == "random" and checkpoint is None, seed=config.seed,
-        gradient_checkpointing=config.train.gradient_checkpointing,
+        gradient_checkpointing=config.train.gradient_checkpointing, bits=config.model.bits,
+        double_quant=config.model.double_quant,
     )  # fmt: skip
     if checkpoint and not full:
         load_adapter_state(built.model, read_adapter(checkpoint)[1], str(checkpoint))
     parameters = {name: p for name, p in built.model.train().named_parameters() if p.requires_grad}
-    trained, whole = (sum(p.numel() for p in ps) for ps in (parameters.values(), built.model.parameters()))
+    trained = sum(p.numel() for p in parameters.values())
     processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
-    dist.log(f"{config.model.name}: {whole:,} parameters, {trained:,} trained, {built.dtype} on {device}{processes}")
+    dist.log(
+        f"{config.model.name}: {built.parameters:,} parameters and {trained:,} trained, {built.dtype} on {device}{processes}"
+    )
     return built, parameters
 
 
-def adamw(parameters: dict[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters; decay on matrices only."""
+def adamw(parameters: dict[str, nn.Parameter], train: TrainConfig, checkpoint: Path | None) -> torch.optim.Optimizer:
+    """AdamW over all parameters, torch's or bitsandbytes', with the checkpoint's state; decay on matrices only."""
     groups = [
         {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.learning_rate, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if train.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
+    else:
+        from minilora.quant import bitsandbytes_adamw  # brings bitsandbytes, two seconds
+
+        optimizer = bitsandbytes_adamw(train.optimizer, groups, train.learning_rate)
+    if checkpoint:
+        load_training_tensors(checkpoint, optimizer, parameters)
+    return optimizer
 
 
 def lr_factor(step: int, total_steps: int, train: TrainConfig) -> float:

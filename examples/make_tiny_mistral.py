@@ -86,7 +86,7 @@ def as_tokenizer_json(directory: Path) -> None:
 
 def main() -> None:
     import train
-    from minilora.config import load_config
+    from minilora.running.settings import load_config
     from minilora.weights import open_safetensors, save_config, write_safetensors
 
     SOURCE.mkdir(parents=True, exist_ok=True)

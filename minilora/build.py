@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 
 from minilora import dist
-from minilora.checkpoint import base_of, read_adapter
+from minilora.checkpoint import base_of, read_adapter, trained_over
 from minilora.config import LoraConfig, UserError
 from minilora.lora import init_adapters, inject, load_adapter_state
 from minilora.model import CausalLM, DecoderConfig
 from minilora.tokenizer import Tokenizer
-from minilora.weights import draw_weights, load_weights, read_json, resolve
+from minilora.weights import draw_weights, load_weights, read_json, resolve, weight_map
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -23,6 +24,7 @@ class Built:
     model: CausalLM
     dtype: torch.dtype  # of the arithmetic, and of what is saved
     lora: LoraConfig | None  # as used: init_from brings its own
+    parameters: int  # of the base, however few bits they are held in
     autocast: torch.dtype | None = None  # full training of fp32 masters with 16-bit arithmetic
 
 
@@ -38,11 +40,33 @@ def compute_dtype(wanted: str, raw: dict, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
+def stored_bits(raw: dict, where: str) -> int:
+    """16, or what bitsandbytes has quantised a checkpoint to. Raises UserError for a form that is not read."""
+    quantization = raw.get("quantization_config") or {}
+    if quantization.get("load_in_8bit"):
+        return 8
+    if quantization.get("load_in_4bit") and (kind := quantization.get("bnb_4bit_quant_type", "fp4")) != "nf4":
+        raise UserError(f"{where}: quantization_config.bnb_4bit_quant_type = {kind!r} is not supported, only 'nf4'")
+    return 4 if quantization.get("load_in_4bit") else 16
+
+
+def quantized_layers(model: CausalLM, raw: dict, directory: Path, bits: int, double_quant: bool) -> dict:
+    """Swap the linear layers for quantised ones where bits < 16 (see quant.py); returns them by path."""
+    stored = stored_bits(raw, str(directory / "config.json"))
+    if stored not in (16, bits):
+        raise UserError(f"{directory} is quantised to {stored} bits already: set model.bits={stored} (infer.py --bits {stored})")
+    if bits == 16:
+        return {}
+    from minilora.quant import quantize_linears  # brings bitsandbytes, two seconds
+
+    return quantize_linears(model, bits, double_quant, weight_map(directory).keys() if stored < 16 else ())
+
+
 def build_model(
     directory: Path, device: torch.device, dtype: str = "auto", lora: LoraConfig | None = None, full: bool = False,
-    random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False,
+    random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False, bits: int = 16, double_quant: bool = True,
 ) -> Built:  # fmt: skip
-    """config.json -> modules on the meta device -> adapters -> checkpointing -> weights, tensor by tensor.
+    """config.json -> modules on the meta device -> quantised linears -> adapters -> checkpointing -> weights, streamed.
 
     full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic. Raises UserError.
     """
@@ -58,6 +82,11 @@ def build_model(
 
     with torch.device("meta"):
         model = CausalLM(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    quantized = quantized_layers(model, raw, directory, bits, double_quant)
+    if quantized:
+        kept = sum(type(m) is nn.Linear for m in model.model.modules())
+        dist.log(f"{len(quantized)} linear layers in {bits} bits" + f", {kept} kept in 16 by the checkpoint" * bool(kept))
     if lora is not None:
         inject(model, lora)  # freezes the base
     model.requires_grad_(full) if lora is None else None
@@ -68,12 +97,12 @@ def build_model(
     if random_weights:
         draw_weights(model, device, stored, config.initializer_range, seed)
     else:
-        load_weights(model, directory, device, stored)
+        load_weights(model, directory, device, stored, quantized)
     if lora is not None:
         init_adapters(model, seed, device)
         if adapter is not None:
             load_adapter_state(model, adapter, str(source))
-    return Built(model, compute, lora, compute if full and compute != torch.float32 else None)
+    return Built(model, compute, lora, parameters, compute if full and compute != torch.float32 else None)
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
@@ -91,16 +120,15 @@ def recompute_blocks(model: CausalLM) -> None:
 
 
 def load(
-    name_or_dir: str, adapter: str | None = None, dtype: str = "auto", bits: int = 16, device: str | torch.device | None = None,
-    revision: str | None = None,
+    name_or_dir: str, adapter: str | None = None, dtype: str = "auto", bits: int | None = 16,
+    device: str | torch.device | None = None, revision: str | None = None,
 ) -> tuple[CausalLM, Tokenizer]:  # fmt: skip
     """A model ready to use, and its tokenizer.
 
     name_or_dir: hub id, HF directory, or one of our adapter checkpoints, whose base is then found by itself; adapter: a
-    PEFT adapter directory or hub id to put on it. Logits: `model(tokens, lengths)`. Raises UserError.
+    PEFT adapter directory or hub id to put on it; bits: 16, 8 (LLM.int8), 4 (NF4), or None for what the adapter was
+    trained over, or the model is stored in. Logits: `model(tokens, lengths)`. Raises UserError.
     """
-    if bits != 16:
-        raise UserError(f"bits={bits} is not supported yet: use 16")
     directory = resolve(name_or_dir, revision)
     if (directory / "adapter_config.json").is_file():
         if adapter is not None:
@@ -108,6 +136,11 @@ def load(
         adapter = str(directory)
         directory = resolve(*base_of(read_json(directory / "adapter_config.json"), adapter))
     lora = LoraConfig(init_from=adapter) if adapter else None
-    built = build_model(directory, torch.device(device) if device else dist.default_device(), dtype, lora)
+    trained = trained_over(Path(adapter)) if adapter else None
+    if bits is None:
+        bits = trained.bits if trained else stored_bits(read_json(directory / "config.json"), str(directory))
+    double_quant = trained.double_quant if trained else True
+    where = torch.device(device) if device else dist.default_device()
+    built = build_model(directory, where, dtype, lora, bits=bits, double_quant=double_quant)
     has_tokenizer = adapter and any((Path(adapter) / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))
     return built.model.eval().requires_grad_(False), Tokenizer(Path(adapter) if has_tokenizer and adapter else directory)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, never half; and finding the one to continue from.
+"""Checkpoints of a run: complete or absent, never half (running/directory.py finds the one to continue from).
 
 A checkpoint holds what others read (a PEFT adapter or HF weights, the tokenizer files) and what resuming needs
 (trainer_state.json, training_state.safetensors). Random draws are pure functions of (seed, step), so no RNG state is kept.
@@ -7,7 +7,6 @@ A checkpoint holds what others read (a PEFT adapter or HF weights, the tokenizer
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +15,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora import dist
-from minilora.config import Config, LoraConfig, RunError, UserError, leaves
+from minilora.config import Config, LoraConfig, ModelConfig, RunError, UserError
 from minilora.lora import adapter_state, from_peft_config, to_peft_config
 from minilora.tokenizer import Tokenizer
 from minilora.weights import open_safetensors, read_json, save_config, save_weights
 
 STATE = "trainer_state.json"
 TENSORS = "training_state.safetensors"
-# config fields that may change between a run and its continuation: they do not bend what has been trained so far
-FREE_TO_CHANGE = (
-    "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size", "train.epochs",
-    "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume",
-    "train.gradient_checkpointing", "train.compile", "train.early_stopping_patience", "eval.", "log.", "hub.", "parallel.",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -79,18 +71,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def start_directory(out: Path, config: Config) -> None:
-    """Make OUT, drop what a killed save left behind, and write the resolved config; the first process does."""
-    if dist.rank() > 0:
-        return
-    make_directory(out)
-    for leftover in out.glob(".tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    (out / "config.json").write_text(
-        json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-
-
 def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -105,34 +85,6 @@ def is_complete(directory: Path) -> bool:
         return all((directory / name).stat().st_size == size for name, size in manifest.items())
     except (OSError, ValueError):
         return False
-
-
-def step_checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints `checkpoint-<step>` of a run, oldest first."""
-    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [path for _, path in sorted(found) if is_complete(path)]
-
-
-def newest(out: Path) -> Path | None:
-    """The checkpoint that `resume="auto"` continues from."""
-    final = out / "checkpoint-final"
-    return final if is_complete(final) else next(iter(step_checkpoints(out)[::-1]), None)
-
-
-def set_aside(checkpoint: Path | None, out: Path, step: int) -> None:
-    """A finished run that goes on (more epochs): its final checkpoint becomes a step checkpoint, and nothing is lost."""
-    dist.barrier()  # every process has read the checkpoint under its old name
-    if dist.rank() == 0 and checkpoint is not None and checkpoint.resolve() == (out / "checkpoint-final").resolve():
-        os.rename(checkpoint, out / f"checkpoint-{step}")
-
-
-def prune(out: Path, limit: int | None) -> None:
-    """Remove the oldest step checkpoints beyond `limit`; renamed first, so that none is ever half there."""
-    for old in step_checkpoints(out)[:-limit] if limit else []:
-        doomed = old.with_name(f".tmp-{old.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(old, doomed)
-        shutil.rmtree(doomed)
 
 
 def save(
@@ -183,6 +135,14 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict]:
     return from_peft_config(raw, list(tensors), str(directory / "adapter_config.json")), tensors, raw
 
 
+def trained_over(directory: Path) -> ModelConfig | None:
+    """The model settings of the run that wrote a checkpoint; None for anybody else's adapter."""
+    if not (directory / STATE).is_file():
+        return None
+    values = read_json(directory / STATE)["config"]["model"]
+    return ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values})
+
+
 def base_of(raw: dict, where: str) -> tuple[str, str | None]:
     """(name, revision) of the base model that an adapter_config.json names."""
     name = raw.get("base_model_name_or_path")
@@ -196,7 +156,8 @@ def training_tensors(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Par
     tensors = {f"master.{name}": p.detach().contiguous() for name, p in masters.items() if keep_masters}
     for name, p in masters.items():
         for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().contiguous()
+            value = value.clone() if key.startswith("qmap") else torch.as_tensor(value)  # a code book shared by all parameters
+            tensors[f"optimizer.{name}.{key}"] = value.detach().contiguous()
     return tensors
 
 
@@ -211,33 +172,6 @@ def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, mas
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not state:
             raise UserError(f"{directory / TENSORS}: no optimizer state for {name}")
-        optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
-
-
-def read_state(directory: Path) -> tuple[TrainerState, dict]:
-    """(state, config as saved) of a checkpoint. Raises UserError if it is not one, or not complete."""
-    if not directory.is_dir():
-        raise UserError(f"checkpoint {directory} does not exist")
-    if not is_complete(directory):
-        raise UserError(f"checkpoint {directory} is not complete (its manifest.json does not match its files)")
-    record = read_json(directory / STATE)
-    saved = record.pop("config")
-    return TrainerState(**record), saved
-
-
-def changed_fields(config: Config, saved: dict) -> list[str]:
-    """`name: saved value -> new value` of every field that bends the training and differs."""
-
-    def flat(values: dict, prefix: str = "") -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in values.items():
-            result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return result
-
-    then, now = flat(saved), leaves(config)
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()}
-    return [
-        f"{name}: {then.get(name)!r} -> {value!r}"
-        for name, value in plain.items()
-        if then.get(name) != value and not name.startswith(FREE_TO_CHANGE)
-    ]
+        optimizer.state[p] = {  # bitsandbytes counts its steps in an int
+            key: int(value) if value.dtype == torch.int64 else value.to(p.device, copy=True) for key, value in state.items()
+        }

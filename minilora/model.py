@@ -88,7 +88,8 @@ class DecoderConfig:
         only("attention_dropout", 0.0, None)
         only("pretraining_tp", 1, None)
         only("auto_map", None)  # remote code is never run
-        only("quantization_config", None)
+        if (method := (get("quantization_config") or {}).get("quant_method")) not in (None, "bitsandbytes"):
+            raise UserError(f"{where}: quantization_config of {method!r} is not supported, only bitsandbytes")
         hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
         kv_heads = get("num_key_value_heads", {"llama": None, "mistral": 8}.get(kind, 32)) or heads
         head_dim = get("head_dim", 128 if kind == "qwen3" else None) or hidden // heads

@@ -8,9 +8,12 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import safetensors
@@ -18,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.config import UserError
+
+if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no others
+    from minilora.quant import QuantizedLinear
 
 SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard we write
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -88,6 +94,11 @@ def read_tensor(path: Path, name: str) -> Tensor:
             raise UserError(f"{path}: {error} (or another split's index)") from error
 
 
+def read_named(files: dict[str, Path], path: str, name: str) -> Tensor:
+    """The tensor `path.name` of a checkpoint."""
+    return read_tensor(files[f"{path}.{name}"], f"{path}.{name}")
+
+
 def checkpoint_name(parameter: str) -> str:
     """The checkpoint key of a parameter: the adapter's wrapper has no place in it."""
     return parameter.replace(".base_layer.", ".")
@@ -105,16 +116,23 @@ def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
     setattr(module, name, nn.Parameter(tensor, requires_grad=getattr(module, name).requires_grad))
 
 
-def load_weights(model: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(
+    model: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype,
+    quantized: "Mapping[str, QuantizedLinear]" = MappingProxyType({}),
+) -> None:  # fmt: skip
     """Fill a model built on the meta device from a checkpoint, tensor by tensor.
 
+    quantized: the layers (path in the checkpoint -> layer) that fill themselves, each at once as its tensors are read.
     Every parameter must be there with its shape, and every tensor must be wanted. Raises UserError otherwise.
     """
     files = weight_map(directory)
     wanted = {checkpoint_name(path): (path, p.shape) for path, p in base_parameters(model)}
+    own = {f"{path}.{name}" for path, layer in quantized.items() for name in layer.holds}
+    wanted = {name: target for name, target in wanted.items() if name not in own}
+    needed = wanted.keys() | {f"{path}.{name}" for path, layer in quantized.items() for name in layer.names}
     optional = () if "lm_head.weight" in wanted else ("lm_head.weight",)  # a tied model's second copy
-    missing = sorted(wanted.keys() - files.keys())
-    extra = sorted(n for n in files.keys() - wanted.keys() if n not in optional and not n.endswith(HARMLESS_KEYS))
+    missing = sorted(needed - files.keys())
+    extra = sorted(n for n in files.keys() - needed if n not in optional and not n.endswith(HARMLESS_KEYS))
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which config.json's architecture has no place"
         raise UserError(f"{directory}: the checkpoint {what} ({len(missing)} missing, {len(extra)} unexpected)")
@@ -123,6 +141,8 @@ def load_weights(model: nn.Module, directory: Path, device: torch.device, dtype:
         if tensor.shape != shape:
             raise UserError(f"{files[name]}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
         assign(model, path, tensor.to(device, dtype, copy=True))
+    for path, layer in quantized.items():
+        layer.fill(partial(read_named, files, path), device, dtype)
 
 
 def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std: float, seed: int) -> None:

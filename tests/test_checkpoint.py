@@ -28,21 +28,15 @@ from minilora.build import build_model
 from minilora.checkpoint import (
     TENSORS,
     TrainerState,
-    changed_fields,
     is_complete,
     load_training_tensors,
-    newest,
-    prune,
     read_adapter,
-    read_state,
     save,
-    set_aside,
-    start_directory,
-    step_checkpoints,
     training_tensors,
     write_atomically,
 )  # fmt: skip
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, RunError, TrainConfig, UserError
+from minilora.running.directory import changed_fields, newest, prune, read_state, set_aside, start_directory, step_checkpoints
 from minilora.tokenizer import Tokenizer
 from tiny_models import random_tokens, tiny
 

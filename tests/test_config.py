@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from minilora import config as config_module
-from minilora.config import Config, UserError, leaves, load_config, run_main
+from minilora.config import Config, UserError, leaves
+from minilora.running import settings
+from minilora.running.settings import load_config, run_main
 
 FIELDS = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)}
 SECTIONS = {name: type(value) for name, value in FIELDS.items() if dataclasses.is_dataclass(value)}
@@ -72,7 +74,7 @@ def test_flags_replace_single_values(flags, field, value, parsed):
     "flags, value", [("--plan", True), ("--plan True", True), ("--plan False", False), ("--plan --seed 1", True)]
 )
 def test_plan_works_alone(flags, value, parsed, monkeypatch):
-    monkeypatch.setattr(config_module, "validate", lambda config: None)
+    monkeypatch.setattr(settings, "validate", lambda config: None)
     assert parsed(*flags.split()).plan is value
 
 

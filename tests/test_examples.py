@@ -12,8 +12,8 @@ import infer
 import merge
 import minilora
 import train
-from minilora.config import load_config
 from minilora.labels import path_edges
+from minilora.running.settings import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples/tiny-mistral"

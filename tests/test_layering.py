@@ -23,7 +23,7 @@ LAYERS = [
     {"__init__"},
 ]
 LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-AROUND = {"tracking", "evaluation", "planning"}  # for the scripts; the core never imports them
+AROUND = {"running", "tracking", "evaluation", "planning"}  # for the scripts; the core never imports them
 AROUND_LAYER, SCRIPT_LAYER = len(LAYERS), len(LAYERS) + 1
 
 FORBIDDEN = {"transformers", "peft", "trl", "accelerate", "datasets", "pickle", "dill"}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from minilora import dist
-from minilora.checkpoint import TrainerState, newest
+from minilora.checkpoint import TrainerState
 from minilora.config import RunError
+from minilora.running.directory import newest
 
 
 class Window:

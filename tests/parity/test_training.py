@@ -11,7 +11,8 @@ import transformers
 
 import train
 from minilora.config import Config, TrainConfig
-from minilora.data import load_documents, step_order
+from minilora.data import step_order
+from minilora.running.cache import load_documents
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from tiny_runs import base_model, config, metrics
 

@@ -1,0 +1,235 @@
+"""Frozen linear layers in 4 and 8 bits, and 8-bit optimizers, through bitsandbytes: the base of QLoRA.
+
+NF4 (Dettmers et al., arXiv 2305.14314): each block of 64 weights is 4-bit indices into the quantiles of a normal
+distribution, times the block's largest magnitude (absmax); double quantisation stores those in 8 bits, in blocks of 256.
+LLM.int8 (Dettmers et al., arXiv 2208.07339): 8-bit rows times one scale each.
+
+What a layer holds can be sharded by rows as it is: plain frozen tensors, with fp32 statistics viewed as int32 so that no
+mixed-precision policy rounds them. The few that do not go by rows are buffers, which sharding leaves alone.
+
+Shapes: T tokens, in and out features, N = out * in / 64 blocks.
+"""
+
+import abc
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.config import UserError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it on a CPU warns of an optional kernel package
+
+import bitsandbytes  # noqa: E402
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit  # noqa: E402
+
+BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' own, in files too
+OUTLIER = 6.0  # LLM.int8's threshold: input features with a larger magnitude are multiplied in 16 bit
+
+
+class _Product(torch.autograd.Function):
+    """A frozen layer's product. Only the layer is kept for the backward pass, which dequantises its weight again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: "QuantizedLinear") -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantize(grad.dtype), None  # [T, out] @ [out, in] -> [T, in]
+
+
+class QuantizedLinear(nn.Linear, abc.ABC):
+    """A frozen linear layer whose weight is held in fewer bits. It is filled from a checkpoint, see `fill`."""
+
+    holds: tuple[str, ...]  # its parameters beside the bias
+    marks: tuple[str, ...]  # what a checkpoint that holds this layer quantised has beside its weight
+    optional: tuple[str, ...] = ()
+
+    def __init__(self, base: nn.Linear, path: str, stored: Collection[str]):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.requires_grad_(False)
+        self.path = path
+        self.is_stored = all(f"{path}.{mark}" in stored for mark in self.marks)
+        beside = [name for name in (*self.marks, *self.optional) if f"{path}.{name}" in stored]
+        self.names = ("weight", *beside) if self.is_stored else ("weight",)  # its tensors in the checkpoint
+
+    def fill(self, read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        """Take the weight from a checkpoint, quantising it unless it already is; read("weight") and so on gives a tensor.
+
+        A 16-bit weight is rounded to `dtype`, the run's, before it is quantised, as transformers does.
+        """
+        if not self.is_stored:
+            weight = read("weight")
+            if weight.shape != (self.out_features, self.in_features) or not weight.is_floating_point():
+                raise UserError(
+                    f"{self.path}.weight is {weight.dtype} {list(weight.shape)}, config.json says {self.extra_repr()}"
+                )
+            self.quantize(weight.to(device, dtype))
+            return
+        tensors = {name: read(name) for name in self.names}
+        if tensors["weight"].numel() * tensors["weight"].itemsize != self.weight.numel():
+            raise UserError(f"{self.path}.weight does not hold the weights of {self.extra_repr()}")
+        self.take(tensors, device)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out], a fresh tensor: LoRA adds into it
+        return _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
+
+    def _hold(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            is_float = tensor.dtype == torch.float32
+            setattr(self, name, nn.Parameter(tensor.view(torch.int32) if is_float else tensor, requires_grad=False))
+
+    @abc.abstractmethod
+    def quantize(self, weight: Tensor) -> None:
+        """Hold a 16- or 32-bit weight [out, in] from now on."""
+
+    @abc.abstractmethod
+    def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Hold what a checkpoint has quantised, to the bit."""
+
+    @abc.abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + bias: [T, in] -> [T, out], outside of autograd."""
+
+    @abc.abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that the layer stands for."""
+
+
+class NF4Linear(QuantizedLinear):
+    """weight uint8 [out, in / 2]; absmax [out, in / 64], or [N] where blocks cross rows (in is no multiple of 64): int32
+    (fp32 bits), or with double quantisation uint8 beside the buffers nested_absmax fp32 [N / 256], nested_code [256], offset.
+    """
+
+    holds = ("weight", "absmax")
+    marks = ("weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
+    optional = ("weight.nested_absmax", "weight.nested_quant_map")
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
+    offset: Tensor
+
+    def __init__(self, base: nn.Linear, path: str, stored: Collection[str], double_quant: bool):
+        super().__init__(base, path, stored)
+        self.double_quant = f"{path}.weight.nested_absmax" in stored if self.is_stored else double_quant
+        if self.in_features % 2:
+            raise UserError(f"{path} has {self.in_features} input features; model.bits=4 packs two a byte: use 8 or 16")
+        blocks = -(-self.out_features * self.in_features // BLOCK)
+        self._hold(
+            weight=torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8, device="meta"),
+            absmax=self._rows(torch.empty(blocks, dtype=torch.uint8 if self.double_quant else torch.float32, device="meta")),
+        )
+
+    def quantize(self, weight: Tensor) -> None:
+        self._keep(*quantize_4bit(weight, blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4"))
+
+    def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        packed = tensors.pop("weight")
+        state = QuantState.from_dict({name.removeprefix("weight."): t for name, t in tensors.items()}, device)
+        if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
+            raise UserError(
+                f"{self.path} is quantised in blocks of {state.blocksize}; only {BLOCK} (nested {NESTED_BLOCK}) is read"
+            )
+        self._keep(packed.to(device), state)
+
+    def _keep(self, packed: Tensor, state: QuantState) -> None:
+        # a file may hold the bytes under another dtype (bnb_4bit_quant_storage)
+        rows = packed.contiguous().view(torch.uint8).view(self.out_features, -1)
+        self._hold(weight=rows, absmax=self._rows(state.absmax))
+        if state.nested:
+            self.register_buffer("nested_absmax", state.state2.absmax)
+            self.register_buffer("nested_code", state.state2.code)
+            self.register_buffer("offset", state.offset)
+
+    def _rows(self, absmax: Tensor) -> Tensor:
+        return absmax if self.in_features % BLOCK else absmax.view(self.out_features, -1)
+
+    def state(self, dtype: torch.dtype) -> QuantState:
+        """The layer in bitsandbytes' terms; dtype: what it dequantises to."""
+        shape, absmax, nested = torch.Size((self.out_features, self.in_features)), self.absmax.flatten(), None
+        if self.double_quant:
+            nested = QuantState(self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        else:
+            absmax = absmax.view(torch.float32)
+        offset = self.offset if self.double_quant else None
+        return QuantState(absmax, shape, None, BLOCK, "nf4", dtype, offset, nested)
+
+    def product(self, x: Tensor) -> Tensor:
+        return bitsandbytes.matmul_4bit(x, self.weight, self.state(x.dtype), bias=self.bias)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return dequantize_4bit(self.weight.view(-1, 1), self.state(dtype))
+
+
+class Int8Linear(QuantizedLinear):
+    """weight int8 [out, in]; SCB int32 [out]: fp32 bits of each row's largest magnitude."""
+
+    holds = ("weight", "SCB")
+    marks = ("SCB",)
+    optional = ("weight_format",)
+    SCB: Tensor
+
+    def __init__(self, base: nn.Linear, path: str, stored: Collection[str]):
+        super().__init__(base, path, stored)
+        weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")
+        self._hold(weight=weight, SCB=torch.empty(self.out_features, device="meta"))
+
+    def quantize(self, weight: Tensor) -> None:
+        packed, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        self._hold(weight=packed, SCB=scale)
+
+    def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
+            raise UserError(f"{self.path} is stored for one kind of GPU (weight_format); save it again with bitsandbytes >= 0.46")
+        self._hold(weight=tensors["weight"].to(device), SCB=tensors["SCB"].to(device, torch.float32))
+
+    def product(self, x: Tensor) -> Tensor:
+        """LLM.int8: inputs in 8 bits too, outliers apart. Training on a CPU, which has no fast kernel for it, multiplies by
+        the dequantised weight, as bitsandbytes does."""
+        if self.training and not x.is_cuda:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        packed, scale, outliers = int8_vectorwise_quant(x.to(torch.float16, copy=True), threshold=OUTLIER)  # changes its input
+        multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+        return multiply(x, packed, self.weight, scale, self.SCB.view(torch.float32), outliers, self.bias)[0]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype, copy=True).mul_(self.SCB.view(torch.float32)[:, None] * (1 / 127))
+
+
+def quantize_linears(model: nn.Module, bits: int, double_quant: bool, stored: Collection[str]) -> dict[str, QuantizedLinear]:
+    """Replace the linear layers of the blocks (not lm_head) by unfilled quantised ones, and return them by path.
+
+    stored: the tensor names of a checkpoint that is quantised already, else empty; layers it keeps in 16 bit stay so.
+    """
+    layers: dict[str, QuantizedLinear] = {}
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or path == "lm_head":
+            continue
+        layer = NF4Linear(module, path, stored, double_quant) if bits == 4 else Int8Linear(module, path, stored)
+        if stored and not layer.is_stored:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+        layers[path] = layer
+    return layers
+
+
+def bitsandbytes_adamw(name: str, groups: Iterable[dict], lr: float) -> torch.optim.Optimizer:
+    """adamw8bit, paged_adamw or paged_adamw8bit (Dettmers et al., arXiv 2110.02861). The paged ones need a GPU."""
+    optim = bitsandbytes.optim
+    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw8bit": optim.PagedAdamW8bit}
+    optimizer = kinds[name](list(groups), lr=lr)
+    if name.startswith("paged"):
+
+        def page(*_: object) -> None:  # before the first step: what a resume has put into device memory becomes pageable
+            for p, state in optimizer.state.items():
+                for key in ("state1", "state2"):
+                    state[key] = optimizer.get_state_buffer(p, dtype=state[key].dtype).copy_(state[key])
+            once.remove()
+
+        once = optimizer.register_step_pre_hook(page)
+    return optimizer

@@ -1,0 +1,75 @@
+"""Tokenised files are kept: the same file, tokenizer and settings are tokenised once."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+import minilora.data
+from minilora import dist
+from minilora.config import DataConfig, UserError
+from minilora.data import Counts, Documents, tokenise_file
+from minilora.tokenizer import Tokenizer
+
+
+def load_documents(path: str, data: DataConfig, tokenizer: Tokenizer, what: str) -> Documents:
+    """Tokenise a JSONL file, or take it from the cache; says what became of every line.
+
+    The cache's key is everything the result depends on: the file, the tokenizer files, the settings, this code. Among
+    several processes of one machine the first does the work. Raises UserError if nothing is left to train on, or with
+    data.strict for the first row that would be dropped.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"data.{what}: {path!r} does not exist")
+    cached = _cache_directory() / f"{_cache_key(path, data, tokenizer)}.safetensors"
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{cached}.lock"):
+        documents = _from_cache(cached)
+        if documents is None:
+            documents = tokenise_file(path, data, tokenizer)
+            _to_cache(documents, cached)
+    dist.log(documents.counts.table())
+    if data.strict and documents.counts.dropped:
+        raise UserError("data.strict: " + next(iter(documents.counts.dropped.values()))[0])
+    if not len(documents):
+        first = next(iter(documents.counts.dropped.values()), [f"{path} is empty"])[0]
+        raise UserError(f"data.{what}: no row of {path} can be used, e.g. {first}")
+    return documents
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
+
+
+def _cache_key(path: str, data: DataConfig, tokenizer: Tokenizer) -> str:
+    unrelated = ("train_file", "eval_file", "train_size", "eval_size", "shuffle", "strict", "num_workers")
+    settings = {k: v for k, v in asdict(data).items() if k not in unrelated}
+    digest = hashlib.sha256(json.dumps([settings, path, tokenizer.chat_template], sort_keys=True).encode())
+    code = [Path(minilora.data.__file__).with_name(f"{name}.py") for name in ("data", "examples", "labels", "tokenizer")]
+    for file in [Path(path), *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _to_cache(documents: Documents, path: Path) -> None:
+    arrays = {k: v for k, v in vars(documents).items() if isinstance(v, np.ndarray)}
+    temporary = path.with_suffix(".tmp")  # one writer at a time: the caller holds the lock
+    safetensors.numpy.save_file(arrays, temporary, metadata={"counts": json.dumps(asdict(documents.counts))})
+    os.replace(temporary, path)
+
+
+def _from_cache(path: Path) -> Documents | None:
+    """The cached documents; None, and the file is made again, if there are none or they cannot be read."""
+    try:
+        with safetensors.safe_open(str(path), "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            return Documents(**arrays, counts=Counts(**json.loads(file.metadata()["counts"])))
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None

@@ -1,0 +1,117 @@
+"""A run's directory: the checkpoints in it, and which one a new start continues from."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from minilora import dist
+from minilora.checkpoint import STATE, TrainerState, is_complete, make_directory
+from minilora.config import Config, UserError, leaves
+from minilora.weights import read_json
+
+# config fields that may change between a run and its continuation: they do not bend what has been trained so far
+FREE_TO_CHANGE = (
+    "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size", "train.epochs",
+    "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume",
+    "train.gradient_checkpointing", "train.compile", "train.early_stopping_patience", "eval.", "log.", "hub.", "parallel.",
+)  # fmt: skip
+
+
+def start_directory(out: Path, config: Config) -> None:
+    """Make OUT, drop what a killed save left behind, and write the resolved config; the first process does."""
+    if dist.rank() > 0:
+        return
+    make_directory(out)
+    for leftover in out.glob(".tmp-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (out / "config.json").write_text(
+        json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def step_checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints `checkpoint-<step>` of a run, oldest first."""
+    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found) if is_complete(path)]
+
+
+def newest(out: Path) -> Path | None:
+    """The checkpoint that `resume="auto"` continues from."""
+    final = out / "checkpoint-final"
+    return final if is_complete(final) else next(iter(step_checkpoints(out)[::-1]), None)
+
+
+def set_aside(checkpoint: Path | None, out: Path, step: int) -> None:
+    """A finished run that goes on (more epochs): its final checkpoint becomes a step checkpoint, and nothing is lost."""
+    dist.barrier()  # every process has read the checkpoint under its old name
+    if dist.rank() == 0 and checkpoint is not None and checkpoint.resolve() == (out / "checkpoint-final").resolve():
+        os.rename(checkpoint, out / f"checkpoint-{step}")
+
+
+def prune(out: Path, limit: int | None) -> None:
+    """Remove the oldest step checkpoints beyond `limit`; renamed first, so that none is ever half there."""
+    for old in step_checkpoints(out)[:-limit] if limit else []:
+        doomed = old.with_name(f".tmp-{old.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def find_checkpoint(config: Config, out: Path, data_digest: str, docs_per_step: int) -> tuple[Path | None, TrainerState]:
+    """The checkpoint to continue from, if any, and the state to start in. Raises UserError rather than mix two runs."""
+    resume = config.train.resume
+    checkpoint = newest(out) if resume in ("auto", "never") else Path(resume)
+    if checkpoint is None:
+        return None, TrainerState(data=data_digest, docs_per_step=docs_per_step)
+    if resume == "never":
+        raise UserError(f"train.resume=never, but {out} holds {checkpoint.name}: choose another output_dir, or remove it")
+    last = newest(out)
+    if last is not None and last.resolve() != checkpoint.resolve():
+        raise UserError(f"train.resume={resume}, but {out} holds the later {last.name}: choose another output_dir to branch off")
+    state, saved = read_state(checkpoint)
+    changed = changed_fields(config, saved)
+    if state.data != data_digest:
+        changed.append("the tokenised training rows")
+    if state.docs_per_step != docs_per_step:  # batch_size x grad_acc_steps x processes: where an epoch's steps begin and end
+        changed.append(f"documents per optimizer step: {state.docs_per_step} -> {docs_per_step}")
+    if changed and resume == "auto":
+        raise UserError(
+            f"{checkpoint} was trained with other settings ({'; '.join(changed)}): choose another output_dir, "
+            f"or continue it on purpose with --train.resume {checkpoint}"
+        )
+    for change in changed:
+        dist.log(f"continuing {checkpoint} with a change: {change}")
+    state.data, state.docs_per_step = data_digest, docs_per_step
+    return checkpoint, state
+
+
+def read_state(directory: Path) -> tuple[TrainerState, dict]:
+    """(state, config as saved) of a checkpoint. Raises UserError if it is not one, or not complete."""
+    if not directory.is_dir():
+        raise UserError(f"checkpoint {directory} does not exist")
+    if not is_complete(directory):
+        raise UserError(f"checkpoint {directory} is not complete (its manifest.json does not match its files)")
+    record = read_json(directory / STATE)
+    saved = record.pop("config")
+    return TrainerState(**record), saved
+
+
+def changed_fields(config: Config, saved: dict) -> list[str]:
+    """`name: saved value -> new value` of every field that bends the training and differs."""
+
+    def flat(values: dict, prefix: str = "") -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key, value in values.items():
+            result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        return result
+
+    then, now = flat(saved), leaves(config)
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()}
+    return [
+        f"{name}: {then.get(name)!r} -> {value!r}"
+        for name, value in plain.items()
+        if then.get(name) != value and not name.startswith(FREE_TO_CHANGE)
+    ]
