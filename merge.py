@@ -85,30 +85,15 @@ def main(args: Args) -> int:
     ran = trained_over(checkpoint) or ModelConfig()
     bits = args.bits or (ran.bits if stored == 16 else stored)
     if args.from_quantised and bits == 16:
-        raise UserError("--from-quantised: the adapter was trained over 16-bit weights (if not, say so: --bits 4)")
+        raise UserError("--from-quantised: the adapter was trained over 16-bit weights (if it was not: --bits 4)")
     if stored < 16 and not args.from_quantised:
         raise UserError(f"{base} is quantised: merge with --from-quantised, or name its 16-bit original with --base")
     trained = Trained(base, lora, adapter, bits, ran.double_quant, compute_dtype(ran.dtype, raw_base, torch.device("cpu")))
 
     write_atomically(out, lambda target: merge(trained, checkpoint, args.dtype, args.from_quantised, target))
     print(f"merged model: {out}")
-    if not args.verify:
-        return 0
-    live = live_logits(trained)
-    gap = largest_gap(live, out)
-    if bits == 16:
-        print(
-            f"largest logit gap between base + adapter (in fp32) and merged: {gap:.3g}, beside logits up to {live.abs().max():.3g}"
-        )
-        return 0
-    gaps = {args.from_quantised: f"{gap:.3g} (this one)"}
-    if stored == 16:  # of the other way as well
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=out.parent) as other:
-            merge(trained, checkpoint, args.dtype, not args.from_quantised, Path(other))
-            gaps[not args.from_quantised] = f"{largest_gap(live, Path(other)):.3g}"
-    print(f"largest logit gap to the live {bits}-bit base + adapter, beside logits up to {live.abs().max():.3g}:")
-    print(f"  merged into the original base      {gaps.get(False, 'the base is only there quantised')}")
-    print(f"  merged into the dequantised base   {gaps[True]}")
+    if args.verify:
+        verify(trained, checkpoint, args, out, has_original=stored == 16)
     return 0
 
 
@@ -200,6 +185,23 @@ def copy_beside(base: Path, checkpoint: Path, target: Path, layouts: dict[Path, 
     if (checkpoint / STATE).is_file():  # how the model was asked in training, for infer.py
         data = read_json(checkpoint / STATE)["config"]["data"]
         (target / "minilora.json").write_text(json.dumps({"data": data}, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def verify(trained: Trained, checkpoint: Path, args: Args, out: Path, has_original: bool) -> None:
+    """Print how far the merged model is from base + adapter; over a quantised base, for both ways to merge."""
+    live = live_logits(trained)
+    gap, beside = largest_gap(live, out), f"beside logits up to {live.abs().max():.3g}"
+    if trained.bits == 16:
+        print(f"largest logit gap between base + adapter (in fp32) and merged: {gap:.3g}, {beside}")
+        return
+    gaps = {args.from_quantised: f"{gap:.3g} (this one)"}
+    if has_original:
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=out.parent) as other:
+            merge(trained, checkpoint, args.dtype, not args.from_quantised, Path(other))
+            gaps[not args.from_quantised] = f"{largest_gap(live, Path(other)):.3g}"
+    print(f"largest logit gap to the live {trained.bits}-bit base + adapter, {beside}:")
+    print(f"  merged into the original base      {gaps.get(False, 'the base is only there quantised')}")
+    print(f"  merged into the dequantised base   {gaps[True]}")
 
 
 @torch.no_grad()

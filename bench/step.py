@@ -1,8 +1,9 @@
-"""A LoRA training step beside transformers + peft: python bench/step.py [--pairs 3] [--checkpointing True]
+"""A LoRA training step beside transformers + peft: python bench/step.py [--pairs 3] [--bits 4] [--checkpointing True]
 
-The same random Llama (75 M parameters in matrix products, bf16), the same 8 documents of 96 to 512 tokens, all supervised
-from a third on, rank 16 on all linear layers, AdamW. Each side runs in a process of its own, in turn; printed are tokens/s
-(documents' own tokens, padding not counted) and the peak resident memory, as medians, with the ratio pair by pair.
+The same random Llama (75 M parameters in matrix products, bf16, NF4 with double quantisation at --bits 4), the same 8
+documents of 96 to 512 tokens, all supervised from a third on, rank 16 on all linear layers, AdamW. Each side runs in a
+process of its own, in turn; printed are tokens/s (documents' own tokens, padding not counted) and the peak resident memory,
+as medians, with the ratio pair by pair.
 """
 
 import json
@@ -10,6 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,10 @@ class Args:
     """Timed steps of a run, after two for warming up."""
     checkpointing: bool = False
     """Gradient checkpointing on both sides."""
+    bits: Literal[16, 8, 4] = 16
+    """Width of the frozen weights; 8 and 4 through bitsandbytes on both sides."""
+    base: str | None = None
+    """The random model's directory (made when missing)."""
     side: Literal["both", "minilora", "peft"] = "both"
     """One side only prints its own figures, as JSON."""
 
@@ -51,23 +57,29 @@ def masked(document: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def minilora_step(checkpointing: bool):
+def make_base(directory: Path) -> None:
+    """The random model as a Hugging Face checkpoint."""
     sys.path.insert(0, str(ROOT))
-    from minilora.build import recompute_blocks
-    from minilora.config import LoraConfig
-    from minilora.lora import init_adapters, inject
-    from minilora.loss import cross_entropy_sum
     from minilora.model import CausalLM, DecoderConfig
-    from minilora.weights import draw_weights
+    from minilora.weights import draw_weights, save_weights
 
-    cpu = torch.device("cpu")
     with torch.device("meta"):
         model = CausalLM(DecoderConfig.from_hf(MODEL))
-    inject(model, LoraConfig(rank=16, alpha=32, target_modules=TARGETS))
-    if checkpointing:
-        recompute_blocks(model)
-    draw_weights(model, cpu, torch.bfloat16, 0.02, 0)
-    init_adapters(model, 0, cpu)
+    draw_weights(model, torch.device("cpu"), torch.bfloat16, 0.02, 0)
+    save_weights(model, directory, torch.bfloat16)
+    (directory / "config.json").write_text(json.dumps({**MODEL, "architectures": ["LlamaForCausalLM"]}))
+
+
+def minilora_step(args: Args):
+    sys.path.insert(0, str(ROOT))
+    from minilora.build import build_model
+    from minilora.config import LoraConfig
+    from minilora.loss import cross_entropy_sum
+
+    lora = LoraConfig(rank=16, alpha=32, target_modules=TARGETS)
+    model = build_model(
+        Path(args.base or ""), torch.device("cpu"), "bfloat16", lora, gradient_checkpointing=args.checkpointing, bits=args.bits
+    ).model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens, labels = torch.cat(documents()), torch.cat([masked(d) for d in documents()])
@@ -83,14 +95,20 @@ def minilora_step(checkpointing: bool):
     return step
 
 
-def peft_step(checkpointing: bool):
+def peft_step(args: Args):
     import peft
     import transformers
 
-    config = transformers.LlamaConfig(**{k: v for k, v in MODEL.items() if k != "model_type"})
-    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    settings = {}
+    if args.bits == 8:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if args.bits == 4:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    base = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16, **settings)
     model = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
-    if checkpointing:
+    if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
@@ -110,7 +128,7 @@ def peft_step(checkpointing: bool):
 
 
 def measure(args: Args) -> dict:
-    step = (minilora_step if args.side == "minilora" else peft_step)(args.checkpointing)
+    step = (minilora_step if args.side == "minilora" else peft_step)(args)
     for _ in range(2):
         step()
     times = []
@@ -131,21 +149,14 @@ def main(args: Args) -> None:
         print(json.dumps(measure(args)))
         return
     rows: dict[str, list[dict]] = {"minilora": [], "peft": []}
-    for _ in range(args.pairs):
-        for side in rows:
-            command = [
-                sys.executable,
-                __file__,
-                "--side",
-                side,
-                "--steps",
-                str(args.steps),
-                "--checkpointing",
-                str(args.checkpointing),
-            ]
-            rows[side].append(
-                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-            )
+    with tempfile.TemporaryDirectory() as base:
+        make_base(Path(base))
+        flags = f"--base {base} --steps {args.steps} --checkpointing {args.checkpointing} --bits {args.bits}".split()
+        for _ in range(args.pairs):
+            for side in rows:
+                command = [sys.executable, __file__, "--side", side, *flags]
+                run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                rows[side].append(json.loads(run.stdout.splitlines()[-1]))
     for figure in ("tokens_per_second", "peak_gib"):
         ours, theirs = ([row[figure] for row in rows[side]] for side in ("minilora", "peft"))
         ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)])
