@@ -23,9 +23,16 @@ from minilora.config import UserError
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it on a CPU warns of an optional kernel package
 
 import bitsandbytes  # noqa: E402
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit  # noqa: E402
+from bitsandbytes.functional import (  # noqa: E402
+    QuantState,
+    dequantize_4bit,
+    int8_vectorwise_quant,
+    quantize_4bit,
+    quantize_blockwise,
+)
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' own, in files too
+PIECE = 2**22  # weights quantised at a time
 OUTLIER = 6.0  # LLM.int8's threshold: input features with a larger magnitude are multiplied in 16 bit
 
 
@@ -125,7 +132,19 @@ class NF4Linear(QuantizedLinear):
         )
 
     def quantize(self, weight: Tensor) -> None:
-        self._keep(*quantize_4bit(weight, blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4"))
+        """Piece by piece, because bitsandbytes makes fp32 and int32 copies on a CPU; blocks know nothing of each other."""
+        packed = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty(self.absmax.numel(), device=weight.device)
+        pieces = zip(weight.flatten().split(PIECE), packed.split(PIECE // 2), absmax.split(PIECE // BLOCK), strict=True)
+        for piece, its_packed, its_absmax in pieces:
+            part, state = quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+            its_packed.copy_(part.flatten())
+            its_absmax.copy_(state.absmax)
+        offset = nested = None
+        if self.double_quant:
+            offset = absmax.mean()
+            absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        self._keep(packed, QuantState(absmax, offset=offset, state2=nested))
 
     def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         packed = tensors.pop("weight")
@@ -179,7 +198,13 @@ class Int8Linear(QuantizedLinear):
         self._hold(weight=weight, SCB=torch.empty(self.out_features, device="meta"))
 
     def quantize(self, weight: Tensor) -> None:
-        packed, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = torch.empty(len(weight), device=weight.device)
+        rows = max(1, PIECE // self.in_features)  # at a time, as above
+        for piece, its_packed, its_scale in zip(weight.split(rows), packed.split(rows), scale.split(rows), strict=True):
+            part, largest, _ = int8_vectorwise_quant(piece.to(torch.float16))
+            its_packed.copy_(part)
+            its_scale.copy_(largest)
         self._hold(weight=packed, SCB=scale)
 
     def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-import minilora.data
-from minilora import dist
+import minilora.tokenizer
+from minilora import dist, examples, labels
 from minilora.config import DataConfig, UserError
-from minilora.data import Counts, Documents, tokenise_file
+from minilora.data import Counts, Documents
+from minilora.running import reading
 from minilora.tokenizer import Tokenizer
 
 
@@ -32,7 +33,7 @@ def load_documents(path: str, data: DataConfig, tokenizer: Tokenizer, what: str)
     with filelock.FileLock(f"{cached}.lock"):
         documents = _from_cache(cached)
         if documents is None:
-            documents = tokenise_file(path, data, tokenizer)
+            documents = reading.tokenise_file(path, data, tokenizer)
             _to_cache(documents, cached)
     dist.log(documents.counts.table())
     if data.strict and documents.counts.dropped:
@@ -51,7 +52,7 @@ def _cache_key(path: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     unrelated = ("train_file", "eval_file", "train_size", "eval_size", "shuffle", "strict", "num_workers")
     settings = {k: v for k, v in asdict(data).items() if k not in unrelated}
     digest = hashlib.sha256(json.dumps([settings, path, tokenizer.chat_template], sort_keys=True).encode())
-    code = [Path(minilora.data.__file__).with_name(f"{name}.py") for name in ("data", "examples", "labels", "tokenizer")]
+    code = [Path(module.__file__ or "") for module in (reading, examples, labels, minilora.tokenizer)]
     for file in [Path(path), *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())

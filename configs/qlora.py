@@ -1,0 +1,36 @@
+"""QLoRA (Dettmers et al., arXiv 2305.14314): Mistral-7B over an NF4 base, on one GPU of 24 GB.
+
+python train.py configs/qlora.py --data.train_file T.jsonl --output_dir OUT
+
+What it needs, in GB: 3.6 the linear layers in 4 bits with double quantisation, 0.5 embedding and head in bfloat16, 1.3 the
+adapters (84 M parameters at rank 32, 16 bytes each: fp32 weight, gradient and AdamW's two states), about 2 one block's
+activations at 4 x 2,048 tokens, 1 the kept inputs of the 32 blocks, 0.6 a dequantised weight and a chunk of the loss: 9 to
+10 in all, so a 16 GB GPU will do at batch_size=2. Without double_quant 0.4 more, with adamw8bit 0.5 less. These are sums, not
+a measurement.
+
+Merge with `python merge.py OUT/checkpoint-final --verify`: into the original 16-bit weights, or with --from-quantised into
+the ones that were trained over.
+"""
+
+from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+
+config = Config(
+    output_dir="out/qlora",
+    model=ModelConfig(name="mistralai/Mistral-7B-v0.3", bits=4, double_quant=True),
+    lora=LoraConfig(rank=32, alpha=16),
+    data=DataConfig(
+        train_file="examples/wiki/train.jsonl",
+        eval_file="examples/wiki/eval.jsonl",
+        chat_template="mistral",
+        max_seq_length=2048,
+    ),
+    train=TrainConfig(
+        epochs=2,
+        batch_size=4,
+        grad_acc_steps=4,
+        learning_rate=1e-4,  # about ten times that of full fine-tuning
+        lr_scheduler="constant_with_warmup",
+        warmup_steps=100,
+        optimizer="paged_adamw8bit",
+    ),
+)
