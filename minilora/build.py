@@ -140,6 +140,8 @@ def load(
     if bits is None:
         bits = trained.bits if trained else stored_bits(read_json(directory / "config.json"), str(directory))
     double_quant = trained.double_quant if trained else True
+    if trained and dtype == "auto":
+        dtype = trained.dtype
     where = torch.device(device) if device else dist.default_device()
     built = build_model(directory, where, dtype, lora, bits=bits, double_quant=double_quant)
     has_tokenizer = adapter and any((Path(adapter) / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))

@@ -172,6 +172,8 @@ def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, mas
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not state:
             raise UserError(f"{directory / TENSORS}: no optimizer state for {name}")
+        if ("exp_avg" in state) != isinstance(optimizer, torch.optim.AdamW):
+            raise UserError(f"{directory / TENSORS}: written by another optimizer: continue with the train.optimizer it had")
         optimizer.state[p] = {  # bitsandbytes counts its steps in an int
             key: int(value) if value.dtype == torch.int64 else value.to(p.device, copy=True) for key, value in state.items()
         }

@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor
+from torch import Tensor, nn
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -14,7 +14,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 def init(device: torch.device) -> None:
     """Join torchrun's process group, if there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
 
 def rank() -> int:
@@ -56,3 +57,28 @@ def log(message: str) -> None:
     """Print on the first process, to stderr, so that stdout stays for results."""
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def everyone(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds on all processes; all of them must ask."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) == world_size())
+
+
+class Whole:
+    """Where parameters lie: whole on every process. `parallel.Shards` spreads their rows over processes instead."""
+
+    def rows(self, p: Tensor) -> slice:
+        """The rows (first axis) of a parameter that this process holds."""
+        return slice(None)
+
+    def put(self, module: nn.Module, name: str, rows: Tensor) -> None:
+        """Give the parameter `module.name`, until now on the meta device, these values of its rows."""
+        setattr(module, name, nn.Parameter(rows, requires_grad=getattr(module, name).requires_grad))
+
+    def gather(self, rows: Tensor, like: Tensor) -> Tensor:
+        """All rows, from everybody's, of something that is spread as `like` is; all processes must ask."""
+        return rows
+
+    def local(self, p: Tensor) -> Tensor:
+        """This process's rows of a parameter, in the parameter's own memory."""
+        return p

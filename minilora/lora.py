@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.config import LoraConfig, UserError, nearest
+from minilora.dist import Whole
 
+WHOLE = Whole()
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's path in adapter_model.safetensors
 
 # adapter_config.json fields of PEFT whose effect is not built here: refused unless empty, false or absent
@@ -81,29 +83,30 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield path, module
 
 
-def init_adapters(model: nn.Module, seed: int, device: torch.device | None = None) -> None:
+def init_adapters(model: nn.Module, seed: int, device: torch.device | None = None, place: Whole = WHOLE) -> None:
     """A uniform in +-1/sqrt(in) (nn.Linear's Kaiming form, as PEFT), B zero: the model starts out as its base."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in lora_layers(model):
         bound = 1 / math.sqrt(layer.base_layer.in_features)
         A = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         where = device or layer.lora_A.device
-        layer.lora_A = nn.Parameter(A.to(where))
-        layer.lora_B = nn.Parameter(torch.zeros(layer.lora_B.shape, device=where))
+        place.put(layer, "lora_A", A[place.rows(layer.lora_A)].to(where))
+        place.put(layer, "lora_B", torch.zeros(layer.lora_B.shape)[place.rows(layer.lora_B)].to(where))
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, place: Whole = WHOLE) -> dict[str, Tensor]:
     """The adapter under PEFT's names: `base_model.model.<path>.lora_A.weight` [R, in] and `.lora_B.weight` [out, R]."""
     state = {}
     for path, layer in lora_layers(model):
-        state[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
-        state[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach()
+        for part in ("lora_A", "lora_B"):
+            p = getattr(layer, part)
+            state[f"{PEFT_PREFIX}{path}.{part}.weight"] = place.gather(place.local(p.detach()), p)
     return state
 
 
-def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str, place: Whole = WHOLE) -> None:
     """Fill the adapters from tensors under PEFT's names; every name must match, in both directions. Raises UserError."""
-    own = adapter_state(model)
+    own = {f"{PEFT_PREFIX}{path}.weight": p.detach() for path, p in model.named_parameters() if ".lora_" in path}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         kind, name = ("lacks", missing[0]) if missing else ("has the unknown", extra[0])
@@ -111,7 +114,7 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str)
     for name, target in own.items():
         if target.shape != tensors[name].shape:
             raise UserError(f"{where}: {name} has shape {list(tensors[name].shape)}, the model needs {list(target.shape)}")
-        target.copy_(tensors[name])
+        place.local(target).copy_(tensors[name][place.rows(target)])
 
 
 def to_peft_config(lora: LoraConfig, base_name: str, revision: str | None) -> dict:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.config import UserError
+from minilora.dist import Whole
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it on a CPU warns of an optional kernel package
 
@@ -64,38 +65,47 @@ class QuantizedLinear(nn.Linear, abc.ABC):
         beside = [name for name in (*self.marks, *self.optional) if f"{path}.{name}" in stored]
         self.names = ("weight", *beside) if self.is_stored else ("weight",)  # its tensors in the checkpoint
 
-    def fill(self, read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        """Take the weight from a checkpoint, quantising it unless it already is; read("weight") and so on gives a tensor.
+    def fill(self, read: Callable[[str, slice], Tensor], device: torch.device, dtype: torch.dtype, place: Whole) -> None:
+        """Take the weight from a checkpoint, quantising it unless it already is; read(name, rows) gives its tensors.
 
-        A 16-bit weight is rounded to `dtype`, the run's, before it is quantised, as transformers does.
+        A 16-bit weight is rounded to `dtype`, the run's, before it is quantised, as transformers does. Where rows are spread
+        over processes each reads and quantises its own, if rows know nothing of each other. Raises UserError.
         """
         if not self.is_stored:
-            weight = read("weight")
-            if weight.shape != (self.out_features, self.in_features) or not weight.is_floating_point():
-                raise UserError(
-                    f"{self.path}.weight is {weight.dtype} {list(weight.shape)}, config.json says {self.extra_repr()}"
-                )
-            self.quantize(weight.to(device, dtype))
+            weight = read("weight", place.rows(self.weight) if self.rows_are_alone else slice(None))
+            if not weight.is_floating_point():
+                raise UserError(f"{self.path}.weight is {weight.dtype}: neither 16-bit weights nor a form of bitsandbytes'")
+            self.quantize(weight.to(device, dtype), place)
             return
-        tensors = {name: read(name) for name in self.names}
+        tensors = {name: read(name, slice(None)) for name in self.names}
         if tensors["weight"].numel() * tensors["weight"].itemsize != self.weight.numel():
             raise UserError(f"{self.path}.weight does not hold the weights of {self.extra_repr()}")
-        self.take(tensors, device)
+        self.take(tensors, device, place)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out], a fresh tensor: LoRA adds into it
         return _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
 
-    def _hold(self, **tensors: Tensor) -> None:
+    def _declare(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
-            is_float = tensor.dtype == torch.float32
-            setattr(self, name, nn.Parameter(tensor.view(torch.int32) if is_float else tensor, requires_grad=False))
+            setattr(self, name, nn.Parameter(_bits(tensor), requires_grad=False))
+
+    def _hold(self, place: Whole, are_mine: bool = False, **tensors: Tensor) -> None:
+        """Fill parameters from all their rows, or from this process's (are_mine)."""
+        for name, tensor in tensors.items():
+            rows = slice(None) if are_mine else place.rows(getattr(self, name))
+            place.put(self, name, _bits(tensor)[rows])
+
+    @property
+    def rows_are_alone(self) -> bool:
+        """Whether quantising some rows gives the same as quantising all and taking them."""
+        return True
 
     @abc.abstractmethod
-    def quantize(self, weight: Tensor) -> None:
-        """Hold a 16- or 32-bit weight [out, in] from now on."""
+    def quantize(self, weight: Tensor, place: Whole) -> None:
+        """Hold a 16- or 32-bit weight [out, in], or this process's rows of it, from now on."""
 
     @abc.abstractmethod
-    def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def take(self, tensors: dict[str, Tensor], device: torch.device, place: Whole) -> None:
         """Hold what a checkpoint has quantised, to the bit."""
 
     @abc.abstractmethod
@@ -105,6 +115,10 @@ class QuantizedLinear(nn.Linear, abc.ABC):
     @abc.abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that the layer stands for."""
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
 
 
 class NF4Linear(QuantizedLinear):
@@ -126,46 +140,53 @@ class NF4Linear(QuantizedLinear):
         if self.in_features % 2:
             raise UserError(f"{path} has {self.in_features} input features; model.bits=4 packs two a byte: use 8 or 16")
         blocks = -(-self.out_features * self.in_features // BLOCK)
-        self._hold(
+        self._declare(
             weight=torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8, device="meta"),
             absmax=self._rows(torch.empty(blocks, dtype=torch.uint8 if self.double_quant else torch.float32, device="meta")),
         )
 
-    def quantize(self, weight: Tensor) -> None:
+    @property
+    def rows_are_alone(self) -> bool:
+        return self.in_features % BLOCK == 0
+
+    def quantize(self, weight: Tensor, place: Whole) -> None:
         """Piece by piece, because bitsandbytes makes fp32 and int32 copies on a CPU; blocks know nothing of each other."""
         packed = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
-        absmax = torch.empty(self.absmax.numel(), device=weight.device)
+        absmax = torch.empty(-(-weight.numel() // BLOCK), device=weight.device)
         pieces = zip(weight.flatten().split(PIECE), packed.split(PIECE // 2), absmax.split(PIECE // BLOCK), strict=True)
         for piece, its_packed, its_absmax in pieces:
             part, state = quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
             its_packed.copy_(part.flatten())
             its_absmax.copy_(state.absmax)
-        offset = nested = None
-        if self.double_quant:
+        if self.double_quant:  # of the whole layer's blocks, everybody's
+            if self.rows_are_alone:
+                absmax = place.gather(absmax.view(len(weight), -1), self.absmax).flatten()
             offset = absmax.mean()
             absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        self._keep(packed, QuantState(absmax, offset=offset, state2=nested))
+            self._nest(QuantState(absmax, offset=offset, state2=nested))
+        self._hold(place, self.rows_are_alone, weight=packed.view(-1, self.in_features // 2))
+        self._hold(place, self.rows_are_alone and not self.double_quant, absmax=self._rows(absmax))
 
-    def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def take(self, tensors: dict[str, Tensor], device: torch.device, place: Whole) -> None:
         packed = tensors.pop("weight")
         state = QuantState.from_dict({name.removeprefix("weight."): t for name, t in tensors.items()}, device)
         if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
             raise UserError(
                 f"{self.path} is quantised in blocks of {state.blocksize}; only {BLOCK} (nested {NESTED_BLOCK}) is read"
             )
-        self._keep(packed.to(device), state)
-
-    def _keep(self, packed: Tensor, state: QuantState) -> None:
-        # a file may hold the bytes under another dtype (bnb_4bit_quant_storage)
-        rows = packed.contiguous().view(torch.uint8).view(self.out_features, -1)
-        self._hold(weight=rows, absmax=self._rows(state.absmax))
         if state.nested:
-            self.register_buffer("nested_absmax", state.state2.absmax)
-            self.register_buffer("nested_code", state.state2.code)
-            self.register_buffer("offset", state.offset)
+            self._nest(state)
+        # a file may hold the bytes under another dtype (bnb_4bit_quant_storage)
+        packed = packed.to(device).contiguous().view(torch.uint8).view(self.out_features, -1)
+        self._hold(place, weight=packed, absmax=self._rows(state.absmax))
+
+    def _nest(self, state: QuantState) -> None:
+        self.register_buffer("nested_absmax", state.state2.absmax)
+        self.register_buffer("nested_code", state.state2.code)
+        self.register_buffer("offset", state.offset)
 
     def _rows(self, absmax: Tensor) -> Tensor:
-        return absmax if self.in_features % BLOCK else absmax.view(self.out_features, -1)
+        return absmax.view(-1, self.in_features // BLOCK) if self.rows_are_alone else absmax
 
     def state(self, dtype: torch.dtype) -> QuantState:
         """The layer in bitsandbytes' terms; dtype: what it dequantises to."""
@@ -195,9 +216,9 @@ class Int8Linear(QuantizedLinear):
     def __init__(self, base: nn.Linear, path: str, stored: Collection[str]):
         super().__init__(base, path, stored)
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")
-        self._hold(weight=weight, SCB=torch.empty(self.out_features, device="meta"))
+        self._declare(weight=weight, SCB=torch.empty(self.out_features, device="meta"))
 
-    def quantize(self, weight: Tensor) -> None:
+    def quantize(self, weight: Tensor, place: Whole) -> None:
         packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(len(weight), device=weight.device)
         rows = max(1, PIECE // self.in_features)  # at a time, as above
@@ -205,12 +226,12 @@ class Int8Linear(QuantizedLinear):
             part, largest, _ = int8_vectorwise_quant(piece.to(torch.float16))
             its_packed.copy_(part)
             its_scale.copy_(largest)
-        self._hold(weight=packed, SCB=scale)
+        self._hold(place, are_mine=True, weight=packed, SCB=scale)
 
-    def take(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def take(self, tensors: dict[str, Tensor], device: torch.device, place: Whole) -> None:
         if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
             raise UserError(f"{self.path} is stored for one kind of GPU (weight_format); save it again with bitsandbytes >= 0.46")
-        self._hold(weight=tensors["weight"].to(device), SCB=tensors["SCB"].to(device, torch.float32))
+        self._hold(place, weight=tensors["weight"].to(device), SCB=tensors["SCB"].to(device, torch.float32))
 
     def product(self, x: Tensor) -> Tensor:
         """LLM.int8: inputs in 8 bits too, outliers apart. Training on a CPU, which has no fast kernel for it, multiplies by

@@ -20,7 +20,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from minilora import dist
 from minilora.config import UserError
+from minilora.dist import Whole
 
 if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no others
     from minilora.quant import QuantizedLinear
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no o
 SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard we write
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+WHOLE = Whole()
 HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed here
 
 
@@ -85,18 +88,18 @@ def open_safetensors(path: Path):
         raise UserError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor. The file is closed at once, so that its mapped pages do not count as our memory any longer."""
+def read_tensor(path: Path, name: str, rows: slice = slice(None)) -> Tensor:
+    """One tensor, or rows of it. The file is closed at once, so that its pages do not count as our memory any longer."""
     with open_safetensors(path) as file:
         try:
-            return file.get_tensor(name)
+            return file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
         except safetensors.SafetensorError as error:
             raise UserError(f"{path}: {error} (or another split's index)") from error
 
 
-def read_named(files: dict[str, Path], path: str, name: str) -> Tensor:
-    """The tensor `path.name` of a checkpoint."""
-    return read_tensor(files[f"{path}.{name}"], f"{path}.{name}")
+def read_named(files: dict[str, Path], path: str, name: str, rows: slice) -> Tensor:
+    """Rows of the tensor `path.name` of a checkpoint."""
+    return read_tensor(files[f"{path}.{name}"], f"{path}.{name}", rows)
 
 
 def checkpoint_name(parameter: str) -> str:
@@ -109,18 +112,17 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((path, p) for path, p in model.named_parameters() if ".lora_" not in path)
 
 
-def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
-    """Put `tensor` in the place of the (meta) parameter at `path`."""
+def assign(model: nn.Module, path: str, rows: Tensor, place: Whole) -> None:
+    """Give the (meta) parameter at `path` its values."""
     parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    setattr(module, name, nn.Parameter(tensor, requires_grad=getattr(module, name).requires_grad))
+    place.put(model.get_submodule(parent), name, rows)
 
 
 def load_weights(
     model: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype,
-    quantized: "Mapping[str, QuantizedLinear]" = MappingProxyType({}),
+    quantized: "Mapping[str, QuantizedLinear]" = MappingProxyType({}), place: Whole = WHOLE,
 ) -> None:  # fmt: skip
-    """Fill a model built on the meta device from a checkpoint, tensor by tensor.
+    """Fill a model built on the meta device from a checkpoint, tensor by tensor; each process reads the rows it holds.
 
     quantized: the layers (path in the checkpoint -> layer) that fill themselves, each at once as its tensors are read.
     Every parameter must be there with its shape, and every tensor must be wanted. Raises UserError otherwise.
@@ -129,6 +131,9 @@ def load_weights(
     wanted = {checkpoint_name(path): (path, p.shape) for path, p in base_parameters(model)}
     own = {f"{path}.{name}" for path, layer in quantized.items() for name in layer.holds}
     wanted = {name: target for name, target in wanted.items() if name not in own}
+    plain = {
+        f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in quantized.items() if not layer.is_stored
+    }
     needed = wanted.keys() | {f"{path}.{name}" for path, layer in quantized.items() for name in layer.names}
     optional = () if "lm_head.weight" in wanted else ("lm_head.weight",)  # a tied model's second copy
     missing = sorted(needed - files.keys())
@@ -136,16 +141,19 @@ def load_weights(
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which config.json's architecture has no place"
         raise UserError(f"{directory}: the checkpoint {what} ({len(missing)} missing, {len(extra)} unexpected)")
-    for name, (path, shape) in wanted.items():
-        tensor = read_tensor(files[name], name)
-        if tensor.shape != shape:
-            raise UserError(f"{files[name]}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
-        assign(model, path, tensor.to(device, dtype, copy=True))
+    for name, shape in [*((name, shape) for name, (_, shape) in wanted.items()), *plain.items()]:
+        with open_safetensors(files[name]) as file:
+            found = file.get_slice(name).get_shape() if name in file.keys() else shape
+        if tuple(found) != tuple(shape):
+            raise UserError(f"{files[name]}: {name} has shape {found}, config.json says {list(shape)}")
+    for name, (path, _) in wanted.items():
+        rows = read_tensor(files[name], name, place.rows(model.get_parameter(path)))
+        assign(model, path, rows.to(device, dtype, copy=True), place)
     for path, layer in quantized.items():
-        layer.fill(partial(read_named, files, path), device, dtype)
+        layer.fill(partial(read_named, files, path), device, dtype, place)
 
 
-def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std: float, seed: int) -> None:
+def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std: float, seed: int, place: Whole = WHOLE) -> None:
     """Fresh weights for a model on the meta device: matrices normal with `std`, norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in list(base_parameters(model)):
@@ -154,7 +162,7 @@ def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std
             tensor.normal_(0.0, std, generator=generator)
         else:
             tensor.fill_(1.0 if "norm" in path else 0.0)
-        assign(model, path, tensor.to(device, dtype))
+        assign(model, path, tensor[place.rows(parameter)].to(device, dtype), place)
 
 
 def write_safetensors(
@@ -184,8 +192,11 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
-    """A model's base parameters as HF safetensors, in one file or in shards with an index."""
+def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype, place: Whole = WHOLE) -> None:
+    """A model's base parameters as HF safetensors, in one file or in shards with an index.
+
+    Where rows are spread over processes all must call, the first writes, and no more than a tensor is ever whole.
+    """
     parameters = {checkpoint_name(path): p for path, p in base_parameters(model)}
     shards: list[dict] = [{}]
     held = 0
@@ -198,9 +209,17 @@ def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
         held += size
     numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = numbered if len(shards) > 1 else ["model.safetensors"]
+
+    def whole(name: str) -> Tensor:
+        return place.gather(place.local(parameters[name].detach()), parameters[name])
+
     for file, layout in zip(names, shards, strict=True):
-        write_safetensors(directory / file, layout, parameters.__getitem__)
-    if len(shards) > 1:
+        if dist.rank() == 0:
+            write_safetensors(directory / file, layout, whole)
+        else:
+            for name in layout:
+                whole(name)
+    if len(shards) > 1 and dist.rank() == 0:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         files = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
         index = {"metadata": {"total_size": total}, "weight_map": files}

@@ -275,6 +275,20 @@ def test_resumed_is_uninterrupted_with_8bit_states(tmp_path, base, bits, watch, 
     assert set(state_dtypes(parameters).values()) == {torch.uint8, torch.float32}
 
 
+@pytest.mark.parametrize("kinds", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")], ids=str)
+def test_the_state_of_another_optimizer_is_refused(tmp_path, base, kinds):
+    """Asked for on purpose it cannot work, and nothing is touched; without asking the run is not continued at all."""
+    c = qlora(tmp_path, base, train__max_steps=2, train__optimizer=kinds[0])
+    assert train.main(c) == 0
+    before = contents(Path(c.output_dir))
+    c.train.max_steps, c.train.optimizer = 4, kinds[1]
+    for resume in ("auto", str(final(c))):
+        c.train.resume = resume
+        with pytest.raises(UserError, match="optimizer"):
+            train.main(c)
+        assert contents(Path(c.output_dir)) == before
+
+
 def test_a_killed_run_over_4_bits_resumes(tmp_path, base):
     """A real process and a real SIGKILL."""
     whole, broken = pair(tmp_path, base, rows=10, train__batch_size=2, train__epochs=14.0, train__save_steps=4, **WIDE)
