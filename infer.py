@@ -17,8 +17,8 @@ import tyro
 import minilora
 from minilora.checkpoint import STATE
 from minilora.config import DataConfig, UserError
-from minilora.examples import RowError, article, fill_template, parse, string_of, turns_of
 from minilora.generate import generate_ids
+from minilora.running.examples import RowError, article, fill_template, parse, string_of, turns_of
 from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json

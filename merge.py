@@ -22,11 +22,12 @@ import tyro
 from torch import Tensor
 
 from minilora.build import DTYPES, build_model, compute_dtype, quantized_layers, stored_bits
-from minilora.checkpoint import STATE, base_of, read_adapter, trained_over, write_atomically
+from minilora.checkpoint import STATE, base_of, read_adapter, trained_over
 from minilora.config import LoraConfig, ModelConfig, UserError
 from minilora.dist import Whole
 from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
 from minilora.model import CausalLM, DecoderConfig
+from minilora.running.directory import write_atomically
 from minilora.running.settings import run_main
 from minilora.tokenizer import TOKENIZER_FILES
 from minilora.weights import (

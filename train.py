@@ -16,20 +16,15 @@ from torch import Tensor, nn
 
 from minilora import dist
 from minilora.build import Built, autocast_to, build_model
-from minilora.checkpoint import (
-    TrainerState,
-    load_training_tensors,
-    read_adapter,
-    save,
-    training_tensors,
-)
+from minilora.checkpoint import load_training_tensors, read_adapter, training_tensors
 from minilora.config import Config, TrainConfig, UserError
 from minilora.data import Documents, step_order
 from minilora.generate import generate_ids
 from minilora.lora import load_adapter_state
 from minilora.loss import cross_entropy_sum
+from minilora.model import Apply
 from minilora.running.cache import load_documents
-from minilora.running.directory import find_checkpoint, prune, set_aside, start_directory
+from minilora.running.directory import TrainerState, find_checkpoint, prune, save, set_aside, start_directory
 from minilora.running.settings import load_config, run_main
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
@@ -64,7 +59,7 @@ def main(config: Config) -> int:
     torch.use_deterministic_algorithms(config.deterministic)
     built, parameters = build_trainable(config, checkpoint, base, device)
     model = built.model
-    optimizer = adamw(parameters, train, checkpoint)
+    optimizer = adamw(built, parameters, train, checkpoint)
     start_directory(out, config)  # the first thing that is written: whatever is wrong with the input has been found
     resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
@@ -80,14 +75,15 @@ def main(config: Config) -> int:
                 lengths, by_length = documents.lengths[chosen], train.group_by_length
                 order = chosen[step_order(lengths, docs_per_step, config.seed, epoch, config.data.shuffle, by_length)]
             torch.manual_seed(step_seed(config.seed, state.step))  # dropout: a function of the step, like every draw here
-            for which in my_micro_batches(order[at * docs_per_step : (at + 1) * docs_per_step], train.batch_size):
+            micro_batches = my_micro_batches(order[at * docs_per_step : (at + 1) * docs_per_step], train.batch_size, built)
+            for i, which in enumerate(micro_batches):
                 batch = documents.batch(which, draw=(config.seed, epoch))
+                built.place.reduce(model, now=i + 1 == len(micro_batches) or config.method == "full")  # full: no room to wait
                 with autocast_to(built.autocast, device):
-                    hidden = model.hidden(batch.tokens.to(device, non_blocking=True), batch.lengths)
-                loss = cross_entropy_sum(hidden, model.head_weight, batch.labels)
+                    loss = model(batch.tokens.to(device, non_blocking=True), batch.lengths, loss_with(batch.labels))
                 loss.backward()  # of the sum: finish_gradients divides by the count over all micro-steps and ranks
-                window.add(loss.detach(), batch.supervised, len(batch.tokens))
-            window.grad_norm = finish_gradients(list(parameters.values()), window, train.max_grad_norm)
+                window.add(loss.detach(), batch.supervised, len(batch.tokens) * bool(len(which)))
+            window.grad_norm = finish_gradients(built, parameters, window, train.max_grad_norm)
             window.lr = train.learning_rate * lr_factor(state.step, total_steps, train)
             for group in optimizer.param_groups:
                 group["lr"] = window.lr
@@ -162,12 +158,14 @@ def build_trainable(
         checkpoint if checkpoint and full else base, device, config.model.dtype, lora=None if full else config.lora, full=full,
         random_weights=config.model.init == "random" and checkpoint is None, seed=config.seed,
         gradient_checkpointing=config.train.gradient_checkpointing, bits=config.model.bits,
-        double_quant=config.model.double_quant,
+        double_quant=config.model.double_quant, run=config,
     )  # fmt: skip
+    place = built.place
     if checkpoint and not full:
-        load_adapter_state(built.model, read_adapter(checkpoint)[1], str(checkpoint))
-    parameters = {name: p for name, p in built.model.train().named_parameters() if p.requires_grad}
-    trained = sum(p.numel() for p in parameters.values())
+        load_adapter_state(built.model, read_adapter(checkpoint)[1], str(checkpoint), place)
+    trainable = {name: p for name, p in built.model.train().named_parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in trainable.values())
+    parameters = trainable if place.count == 1 else {name: nn.Parameter(place.local(p.detach())) for name, p in trainable.items()}
     processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
     dist.log(
         f"{config.model.name}: {built.parameters:,} parameters and {trained:,} trained, {built.dtype} on {device}{processes}"
@@ -175,7 +173,9 @@ def build_trainable(
     return built, parameters
 
 
-def adamw(parameters: dict[str, nn.Parameter], train: TrainConfig, checkpoint: Path | None) -> torch.optim.Optimizer:
+def adamw(
+    built: Built, parameters: dict[str, nn.Parameter], train: TrainConfig, checkpoint: Path | None
+) -> torch.optim.Optimizer:
     """AdamW over all parameters, torch's or bitsandbytes', with the checkpoint's state; decay on matrices only."""
     groups = [
         {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": train.weight_decay},
@@ -189,7 +189,7 @@ def adamw(parameters: dict[str, nn.Parameter], train: TrainConfig, checkpoint: P
 
         optimizer = bitsandbytes_adamw(train.optimizer, groups, train.learning_rate)
     if checkpoint:
-        load_training_tensors(checkpoint, optimizer, parameters)
+        load_training_tensors(checkpoint, optimizer, parameters, built.place, dict(built.model.named_parameters()))
     return optimizer
 
 
@@ -211,28 +211,36 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step, dist.rank()]).generate_state(1)[0])
 
 
-def my_micro_batches(docs: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """This rank's part of an optimizer step's documents, in micro-batches: rank r takes every world-size-th of them."""
+def my_micro_batches(docs: np.ndarray, batch_size: int, built: Built) -> list[np.ndarray]:
+    """This rank's part of an optimizer step's documents, in micro-batches: rank r takes every world-size-th of them.
+
+    Processes that share a model go through it together: one that has no documents left gets an empty micro-batch.
+    """
     micro = [docs[start : start + batch_size] for start in range(0, len(docs), batch_size)]
+    if built.place.count > 1:
+        micro += [docs[:0]] * (-len(micro) % dist.world_size())
     return micro[dist.rank() :: dist.world_size()]
 
 
-def finish_gradients(parameters: list[nn.Parameter], window: Window, max_norm: float) -> Tensor:
+def loss_with(labels: Tensor) -> Apply:
+    """What the model applies to its hidden states and its head's weight: the sum of token losses."""
+    return lambda hidden, weight: cross_entropy_sum(hidden, weight, labels)
+
+
+def finish_gradients(built: Built, parameters: dict[str, nn.Parameter], window: Window, max_norm: float) -> Tensor:
     """Sum the gradients over ranks, divide by the step's supervised tokens, clip. Returns the norm before clipping.
 
     Until here they are sums of token losses' gradients: large numbers, which half precision does not flush to zero.
     """
-    for p in parameters:
-        if p.grad is None:  # a rank without documents in a last, partial step
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters if p.grad is not None]
+    built.place.sum_gradients(built.model, parameters)
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
     supervised = window.end_step()
-    if dist.world_size() > 1:
-        bucket = dist.all_reduce_sum(torch.cat([g.flatten() for g in grads]))
-        for g, part in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
-            g.copy_(part.view_as(g))
-    torch._foreach_mul_(grads, (1 / supervised).to(torch.float32))
-    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    torch._foreach_mul_(grads, (1 / supervised).to(grads[0].device, torch.float32))
+    squares = torch.stack(torch._foreach_norm(grads)).square().sum()
+    norm = built.place.sum(squares).sqrt()
+    if max_norm:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def intervals(config: Config) -> tuple[int, int, int]:
@@ -242,32 +250,36 @@ def intervals(config: Config) -> tuple[int, int, int]:
 
 def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets, tracker: Tracker, position: dict) -> None:
     """Losses over the full labels of each set, token-weighted, and sample answers from the last set."""
-    model = built.model.eval()
-    device = model.head_weight.device
+    model, place = built.model.eval(), built.place
+    device = dist.default_device()
     for name, (documents, which) in sets.items():
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         which = which[np.argsort(documents.lengths[which], kind="stable")]
-        for docs in my_micro_batches(which, config.eval.batch_size):
+        for docs in my_micro_batches(which, config.eval.batch_size, built):
             batch = documents.batch(docs)
             with torch.no_grad(), autocast_to(built.autocast, device):
-                hidden = model.hidden(batch.tokens.to(device), batch.lengths)
-                sums[0] += cross_entropy_sum(hidden, model.head_weight, batch.labels)
+                sums[0] += model(batch.tokens.to(device), batch.lengths, loss_with(batch.labels))
             sums[1] += batch.supervised
         total, supervised = dist.all_reduce_sum(sums).tolist()
         loss = total / supervised
         tracker.log(position | {f"eval/{name}/loss": loss, f"eval/{name}/ppl": math.exp(min(loss, 700.0))})
-    if config.eval.num_generate_samples and dist.rank() == 0:
+    if config.eval.num_generate_samples:
         documents, which = list(sets.values())[-1]
         pairs = [documents.prompt_and_target(i) for i in which[: config.eval.num_generate_samples]]
-        e = config.eval
+        e, half = config.eval, built.dtype if config.method == "full" and built.dtype != torch.float32 else None
+        mine = range(dist.rank(), len(pairs), dist.world_size())  # each process answers its share
         answers = generate_ids(
-            model, [prompt for prompt, _ in pairs], tokenizer, e.max_new_tokens, e.temperature, e.top_p,
-            stop_ids=tokenizer.stop_ids(), seed=config.seed, autocast=built.autocast,
+            model, [pairs[i][0] for i in mine], tokenizer, e.max_new_tokens, e.temperature, e.top_p,
+            stop_ids=tokenizer.stop_ids(), seed=config.seed, indices=mine, autocast=half, together=place.count > 1,
         )  # fmt: skip
+        texts = dist.gather_objects([answer.text for answer in answers])
         tracker.samples([
-            position | {"prompt": tokenizer.decode(prompt), "target": tokenizer.decode(target), "generated": answer.text}
-            for (prompt, target), answer in zip(pairs, answers, strict=True)
+            position
+            | {"prompt": tokenizer.decode(prompt), "target": tokenizer.decode(target)}
+            | {"generated": texts[i % len(texts)][i // len(texts)]}
+            for i, (prompt, target) in enumerate(pairs)
         ])  # fmt: skip
+    place.rest(model)
     dist.barrier()
     model.train()
 
@@ -276,11 +288,12 @@ def save_checkpoint(
     config: Config, built: Built, tokenizer: Tokenizer, state: TrainerState, optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter], base: Path,
 ) -> str:  # fmt: skip
-    """Write OUT/checkpoint-<step> or checkpoint-final on the first process; returns its name."""
+    """Write OUT/checkpoint-<step> or checkpoint-final, all processes together; returns its name."""
     out, name = Path(config.output_dir), "checkpoint-final" if state.finished else f"checkpoint-{state.step}"
+    rounded = config.method == "full" and built.dtype != torch.float32  # what is saved of the fp32 masters
+    tensors = training_tensors(optimizer, parameters, keep_masters=rounded)
+    save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype, built.place)
     if dist.rank() == 0:
-        tensors = training_tensors(optimizer, parameters, keep_masters=built.autocast is not None)
-        save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype)
         prune(out, config.train.save_total_limit)
     dist.barrier()
     return name

@@ -85,7 +85,7 @@ def minilora_step(args: Args):
     tokens, labels = torch.cat(documents()), torch.cat([masked(d) for d in documents()])
 
     def step() -> None:
-        loss = cross_entropy_sum(model.hidden(tokens, LENGTHS), model.head_weight, labels)
+        loss = model(tokens, LENGTHS, lambda hidden, weight: cross_entropy_sum(hidden, weight, labels))
         loss.backward()
         torch._foreach_mul_([p.grad for p in parameters], 1 / int((labels != -100).sum()))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

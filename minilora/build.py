@@ -10,11 +10,12 @@ from torch import nn
 
 from minilora import dist
 from minilora.checkpoint import base_of, read_adapter, trained_over
-from minilora.config import LoraConfig, UserError
+from minilora.config import Config, LoraConfig, UserError
+from minilora.dist import WHOLE, Whole
 from minilora.lora import init_adapters, inject, load_adapter_state
 from minilora.model import CausalLM, DecoderConfig
 from minilora.tokenizer import Tokenizer
-from minilora.weights import draw_weights, load_weights, read_json, resolve, weight_map
+from minilora.weights import assign, base_parameters, draw_weights, load_weights, read_json, resolve, weight_map
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,6 +27,7 @@ class Built:
     lora: LoraConfig | None  # as used: init_from brings its own
     parameters: int  # of the base, however few bits they are held in
     autocast: torch.dtype | None = None  # full training of fp32 masters with 16-bit arithmetic
+    place: Whole = WHOLE  # whether parameters lie whole here, or in shards
 
 
 def compute_dtype(wanted: str, raw: dict, device: torch.device) -> torch.dtype:
@@ -65,8 +67,10 @@ def quantized_layers(model: CausalLM, raw: dict, directory: Path, bits: int, dou
 def build_model(
     directory: Path, device: torch.device, dtype: str = "auto", lora: LoraConfig | None = None, full: bool = False,
     random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False, bits: int = 16, double_quant: bool = True,
+    run: Config | None = None,
 ) -> Built:  # fmt: skip
-    """config.json -> modules on the meta device -> quantised linears -> adapters -> checkpointing -> weights, streamed.
+    """config.json -> modules on the meta device -> quantised linears -> adapters -> checkpointing -> shards -> weights,
+    streamed. run: the training run, whose `parallel` settings say how several processes share the model.
 
     full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic. Raises UserError.
     """
@@ -93,16 +97,26 @@ def build_model(
     if gradient_checkpointing:
         recompute_blocks(model)
 
-    stored = torch.float32 if full else compute
+    stored, place = torch.float32 if full else compute, WHOLE
+    for path, p in base_parameters(model):
+        if p.is_floating_point():
+            assign(model, path, p.detach().to(stored), WHOLE)
+    if run is not None and dist.world_size() > 1:
+        from minilora import parallel  # and with it DTensor, over half a second
+
+        strategy = parallel.choose(run, model, device)
+        place = WHOLE if strategy == "ddp" else parallel.shard(model, strategy, run, compute, device)
+
     if random_weights:
-        draw_weights(model, device, stored, config.initializer_range, seed)
+        draw_weights(model, device, stored, config.initializer_range, seed, place)
     else:
-        load_weights(model, directory, device, stored, quantized)
+        load_weights(model, directory, device, stored, quantized, place)
     if lora is not None:
-        init_adapters(model, seed, device)
+        init_adapters(model, seed, device, place)
         if adapter is not None:
-            load_adapter_state(model, adapter, str(source))
-    return Built(model, compute, lora, parameters, compute if full and compute != torch.float32 else None)
+            load_adapter_state(model, adapter, str(source), place)
+    autocast = compute if full and compute != torch.float32 and place is WHOLE else None  # shards are gathered in 16 bits
+    return Built(model, compute, lora, parameters, autocast, place)
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:

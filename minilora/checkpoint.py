@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, never half (running/directory.py finds the one to continue from).
+"""What a checkpoint holds, in and out (running/directory.py makes it appear whole, and finds the one to continue from).
 
 A checkpoint holds what others read (a PEFT adapter or HF weights, the tokenizer files) and what resuming needs
 (trainer_state.json, training_state.safetensors). Random draws are pure functions of (seed, step), so no RNG state is kept.
@@ -6,110 +6,25 @@ A checkpoint holds what others read (a PEFT adapter or HF weights, the tokenizer
 
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.config import Config, LoraConfig, ModelConfig, RunError, UserError
-from minilora.lora import adapter_state, from_peft_config, to_peft_config
-from minilora.tokenizer import Tokenizer
-from minilora.weights import open_safetensors, read_json, save_config, save_weights
+from minilora import dist
+from minilora.config import Config, LoraConfig, ModelConfig, UserError
+from minilora.dist import WHOLE, Whole
+from minilora.lora import from_peft_config, to_peft_config
+from minilora.weights import open_safetensors, read_json
 
 STATE = "trainer_state.json"
 TENSORS = "training_state.safetensors"
+SPREAD = "training_state"  # of a sharded run, a directory
 
 
-@dataclasses.dataclass
-class TrainerState:
-    """Where a run stands; `step` optimizer steps are done."""
-
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    finished: bool = False
-    data: str = ""  # digest of the tokenised training rows
-    docs_per_step: int = 0
-
-
-def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
-    """Make `directory` appear whole: written under a temporary name, synced to disk, listed in a manifest, renamed.
-
-    Raises RunError if the disk will not take it; whatever was there before is intact.
-    """
-    temporary = directory.with_name(f".tmp-{directory.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_directory(temporary)
-    try:
-        write(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for path in files:  # the safetensors library makes its files for the owner alone
-            shutil.copymode(temporary / "manifest.json", path)
-        for path in [*files, temporary / "manifest.json", temporary]:
-            _sync(path)
-        shutil.rmtree(directory, ignore_errors=True)  # incomplete, or of a run continued from before it
-        os.rename(temporary, directory)
-        _sync(directory.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | safetensors.SafetensorError):  # the library reports a full disk as its own error
-            raise RunError(f"{directory} could not be written ({error}); what was there before is intact") from error
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be made or is no directory: {error.strerror}") from error
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether every file of the manifest is there in its size."""
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        return all((directory / name).stat().st_size == size for name, size in manifest.items())
-    except (OSError, ValueError):
-        return False
-
-
-def save(
-    directory: Path, model: nn.Module, tokenizer: Tokenizer, config: Config, lora: LoraConfig | None, state: TrainerState,
-    tensors: dict[str, Tensor], base: Path, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """Write a checkpoint. tensors: what resuming needs (see `training_tensors`); base: the directory of the base model."""
-
-    def write(target: Path) -> None:
-        tokenizer.save(target)
-        if lora is not None:
-            save_adapter(target, model, lora, config)
-        else:
-            save_weights(model, target, dtype)
-            save_config(target, read_json(base / "config.json"), dtype)
-        safetensors.torch.save_file(tensors, str(target / TENSORS))
-        record = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}
-        (target / STATE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
-
-    write_atomically(directory, write)
-
-
-def save_adapter(directory: Path, model: nn.Module, lora: LoraConfig, config: Config) -> None:
-    """adapter_model.safetensors and adapter_config.json as PEFT reads them."""
-    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state(model).items()}
+def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, config: Config) -> None:
+    """adapter_model.safetensors and adapter_config.json as PEFT reads them; state: see `adapter_state`."""
     safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
     name = config.model.name
     if Path(name).expanduser().is_dir():
@@ -161,13 +76,68 @@ def training_tensors(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Par
     return tensors
 
 
-def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter]) -> None:
-    """Put back what `training_tensors` took; every parameter must find its state."""
-    with open_safetensors(directory / TENSORS) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+def save_spread(directory: Path, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], place: Whole) -> None:
+    """training_tensors of a sharded run: each process writes its rows, through torch.distributed.checkpoint.
+
+    What is not by rows (8-bit optimizers' statistics, made over a process's own rows) is kept by process.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    spread = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("optimizer.").removeprefix("master.")
+        p = parameters[name if key.startswith("master.") else name.rpartition(".")[0]]
+        if tensor.shape == place.local(p).shape:
+            spread[key] = place.spread(tensor, p)
+        else:
+            spread[key if tensor.ndim == 0 or ".qmap" in key else f"{key}#{dist.rank()}/{dist.world_size()}"] = tensor
+    dcp.save(spread, checkpoint_id=str(directory))
+
+
+def load_spread(directory: Path, parameters: dict[str, nn.Parameter], place: Whole) -> dict[str, Tensor]:
+    """What `save_spread` wrote, on however many processes: of each tensor the rows that this process holds now."""
+    import torch.distributed.checkpoint as dcp
+
+    metadata = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    mine, state, local = f"#{dist.rank()}/{dist.world_size()}", {}, {}
+    for key, entry in metadata.items():
+        if "#" in key and not key.endswith(mine):
+            continue
+        name = key.removeprefix("optimizer.").removeprefix("master.")
+        p = parameters.get(name, parameters.get(name.rpartition(".")[0]))
+        assert isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        by_rows = p is not None and entry.size == p.shape
+        shape = place.local(p).shape if p is not None and by_rows else entry.size
+        rows = local[key.removesuffix(mine)] = torch.empty(shape, dtype=entry.properties.dtype)
+        state[key] = place.spread(rows, p) if p is not None and by_rows else rows
+    if lost := [key for key in metadata if "#" in key and key.partition("#")[0] not in local]:
+        raise UserError(f"{directory}: 8-bit optimizer states continue only on as many processes as saved them ({lost[0]})")
+    dcp.load(state, checkpoint_id=str(directory), no_dist=dist.world_size() == 1)
+    return local
+
+
+def load_training_tensors(
+    directory: Path, optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], place: Whole = WHOLE,
+    spread: dict[str, nn.Parameter] | None = None,
+) -> None:  # fmt: skip
+    """Put back what `training_tensors` took, on however many processes; every parameter must find its state.
+
+    spread: the model's parameters, where `masters` are this process's rows of them.
+    """
+    parameters = spread or masters
+    if (directory / SPREAD).is_dir():
+        tensors = load_spread(directory / SPREAD, parameters, place)
+    else:
+        with open_safetensors(directory / TENSORS) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name, p in masters.items():
+        whole = parameters[name]
+
+        def own_rows(tensor: Tensor, whole: Tensor = whole, p: Tensor = p) -> Tensor:
+            return tensor[place.rows(whole)] if tensor.shape == whole.shape and tensor.shape != p.shape else tensor
+
         if f"master.{name}" in tensors:
-            p.data.copy_(tensors[f"master.{name}"])
+            p.data.copy_(own_rows(tensors[f"master.{name}"]))
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not state:
@@ -175,5 +145,6 @@ def load_training_tensors(directory: Path, optimizer: torch.optim.Optimizer, mas
         if ("exp_avg" in state) != isinstance(optimizer, torch.optim.AdamW):
             raise UserError(f"{directory / TENSORS}: written by another optimizer: continue with the train.optimizer it had")
         optimizer.state[p] = {  # bitsandbytes counts its steps in an int
-            key: int(value) if value.dtype == torch.int64 else value.to(p.device, copy=True) for key, value in state.items()
+            key: int(value) if value.dtype == torch.int64 else own_rows(value).to(p.device, copy=True)
+            for key, value in state.items()
         }

@@ -92,9 +92,11 @@ class Documents:
         return np.where(wanted, self.tokens[here], IGNORE).astype(np.int64)
 
     def batch(self, which: Sequence[int] | np.ndarray, draw: tuple[int, int] | None = None) -> Batch:
-        """The documents of `which` as one packed batch; draw as for `labels`."""
-        ids = [self.ids(i) for i in which]
-        tokens, labels = np.concatenate(ids).astype(np.int64), np.concatenate([self.labels(i, draw) for i in which])
+        """The documents of `which` as one packed batch; draw as for `labels`. Of none: a stand-in without labels, for a
+        process that must keep step with the others."""
+        ids = [self.ids(i) for i in which] or [self.ids(0)]
+        labels = np.concatenate([self.labels(i, draw) for i in which] or [np.full(len(ids[0]), IGNORE, dtype=np.int64)])
+        tokens = np.concatenate(ids).astype(np.int64)
         return Batch(torch.from_numpy(tokens), [len(x) for x in ids], torch.from_numpy(labels))
 
     def prompt_and_target(self, i: int) -> tuple[list[int], list[int]]:

@@ -5,12 +5,14 @@ Shapes: S prompts decoded together (slots), T tokens, H query heads, K key/value
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora import dist
 from minilora.config import UserError
 from minilora.model import CausalLM, DecoderConfig, PackedAttention
 from minilora.tokenizer import Tokenizer
@@ -90,48 +92,61 @@ def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
 @torch.no_grad()
 def generate_ids(
     model: CausalLM, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 0.0,
-    top_p: float = 1.0, stop: Sequence[str] = (), stop_ids: Iterable[int] = (), seed: int = 0, first_index: int = 0,
+    top_p: float = 1.0, stop: Sequence[str] = (), stop_ids: Iterable[int] = (), seed: int = 0, indices: Sequence[int] = (),
     batch_size: int = 16, autocast: torch.dtype | None = None, progress: Callable[[int], object] = lambda tokens: None,
+    together: bool = False,
 ) -> list[Answer]:  # fmt: skip
     """Continue each prompt (token ids) until EOS, a stop id, a stop string or max_new_tokens.
 
-    A sample's randomness is a function of (seed, first_index + its place), so it does not depend on the batch. The
-    answer ends before the stop string; end tokens are kept in `ids` and not in `text`.
+    A sample's randomness is a function of (seed, its index; default: its place), so it does not depend on the batch. The
+    answer ends before the stop string; end tokens are kept in `ids` and not in `text`. together: other processes hold parts
+    of the model and decode prompts of their own, so all take the same number of steps.
     """
-    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
-        raise UserError(f"prompt {first_index + empty[0]} is empty: there is nothing to continue")
+    indices = indices or range(len(prompts))
+    if empty := [i for i, prompt in zip(indices, prompts, strict=True) if not len(prompt)]:
+        raise UserError(f"prompt {empty[0]} is empty: there is nothing to continue")
     device = model.head_weight.device
     was_training = model.training
     model.eval()
     ends = {i for i in (tokenizer.eos_id, *stop_ids) if i is not None}
     answers = [Answer() for _ in prompts]
-    generators = [np.random.default_rng([seed, first_index + i]) for i in range(len(prompts))]
+    generators = [np.random.default_rng([seed, i]) for i in indices]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+
+    def all_of_us(flag: bool) -> bool:
+        return dist.everyone(flag, device) if together else flag
+
+    start = 0
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for start in range(0, len(prompts), batch_size):
+        while not all_of_us(start >= len(prompts)):
             batch = by_length[start : start + batch_size]
-            lengths = [len(prompts[i]) for i in batch]
-            dtype = autocast or model.head_weight.dtype
-            cache = KVCache(model.config, len(batch), max(lengths) + max_new_tokens, dtype, device)
-            tokens = torch.tensor([t for i in batch for t in prompts[i]], device=device)
-            hidden = model.model(tokens, Prefill(cache, lengths, device))
-            hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # the last token of each prompt
+            start += batch_size
+            ids = [prompts[i] for i in batch] or [[0]]  # a stand-in, while others have prompts left
+            lengths = [len(x) for x in ids]
+            cache = KVCache(model.config, len(ids), max(lengths) + max_new_tokens, autocast or model.head_weight.dtype, device)
+            tokens = torch.tensor([t for x in ids for t in x], device=device)
+            last = torch.tensor(lengths, device=device).cumsum(0) - 1  # the last token of each prompt
+            logits = model(tokens, apply=partial(_logits_at, last), attend=Prefill(cache, lengths, device))
             for new in range(1, max_new_tokens + 1):
-                draws = torch.tensor([generators[i].random(dtype=np.float32) for i in batch], dtype=torch.float32, device=device)
-                logits = F.linear(hidden, model.head_weight)
+                uniform = [generators[i].random(dtype=np.float32) for i in batch] or [0.0]
+                draws = torch.tensor(uniform, dtype=torch.float32, device=device)
                 tokens = sample(logits, temperature, top_p, draws)
-                for i, token in zip(batch, tokens.tolist(), strict=True):
+                for i, token in zip(batch, tokens.tolist(), strict=False):  # a stand-in has no answer
                     if not answers[i].finished:
                         _extend(answers[i], token, prompts[i], tokenizer, ends, stop)
                 progress(sum(not answers[i].finished for i in batch))
-                if new == max_new_tokens or all(answers[i].finished for i in batch):
+                if new == max_new_tokens or all_of_us(all(answers[i].finished for i in batch)):
                     break
-                hidden = model.model(tokens, DecodeStep(cache))
+                logits = model(tokens, attend=DecodeStep(cache))
                 cache.lengths = cache.lengths + 1
     for i, answer in enumerate(answers):
         answer.text = _text(answer, prompts[i], tokenizer, ends, stop)
     model.train(was_training)
     return answers
+
+
+def _logits_at(rows: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(hidden[rows], weight)
 
 
 def _extend(answer: Answer, token: int, prompt: Sequence[int], tokenizer: Tokenizer, ends: set[int], stop: Sequence[str]) -> None:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.config import LoraConfig, UserError, nearest
-from minilora.dist import Whole
+from minilora.dist import WHOLE, Whole
 
-WHOLE = Whole()
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's path in adapter_model.safetensors
 
 # adapter_config.json fields of PEFT whose effect is not built here: refused unless empty, false or absent

@@ -9,7 +9,7 @@ F feed-forward, V vocabulary. There is no batch axis and no padding: `lengths` s
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -30,6 +30,7 @@ class Attend(Protocol):
         ...
 
 
+Apply = Callable[[Tensor, Tensor], Tensor]  # of hidden states [T, D] and the head's weight [V, D]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # config.json keys that change no number here: bookkeeping, defaults of generation, and what the tokenizer owns
 IGNORED_KEYS = frozenset(
@@ -77,23 +78,26 @@ class DecoderConfig:
             seen.add(key)
             return raw.get(key, default)
 
-        def only(key: str, *allowed) -> None:
-            if get(key, allowed[0]) not in allowed:
-                raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
-
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [key for key in sizes if not isinstance(raw.get(key), int)]:
             raise UserError(f"{where}: {missing[0]} is missing or not a number")
-        only("hidden_act", "silu", "swish")
-        only("attention_dropout", 0.0, None)
-        only("pretraining_tp", 1, None)
-        only("auto_map", None)  # remote code is never run
+        fixed = (
+            ("hidden_act", "silu", "swish"),
+            ("attention_dropout", 0.0, None),
+            ("pretraining_tp", 1, None),
+            ("auto_map", None),
+        )
+        for key, *allowed in fixed:  # auto_map: remote code is never run
+            if get(key, allowed[0]) not in allowed:
+                raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
         if (method := (get("quantization_config") or {}).get("quant_method")) not in (None, "bitsandbytes"):
             raise UserError(f"{where}: quantization_config of {method!r} is not supported, only bitsandbytes")
         hidden, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
         kv_heads = get("num_key_value_heads", {"llama": None, "mistral": 8}.get(kind, 32)) or heads
         head_dim = get("head_dim", 128 if kind == "qwen3" else None) or hidden // heads
-        config = cls(
+        if heads % kv_heads:
+            raise UserError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        return cls(
             vocab_size=get("vocab_size"), hidden_size=hidden, intermediate_size=get("intermediate_size"),
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
             rms_norm_eps=get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(get("tie_word_embeddings", False)),
@@ -104,9 +108,6 @@ class DecoderConfig:
             initializer_range=raw.get("initializer_range", 0.02),
             unknown_keys=tuple(sorted(set(raw) - seen - IGNORED_KEYS)),
         )  # fmt: skip
-        if heads % kv_heads:
-            raise UserError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        return config
 
 
 def _read_rope(get, raw: dict, where: str) -> dict:
@@ -119,10 +120,7 @@ def _read_rope(get, raw: dict, where: str) -> dict:
     rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
     rope.setdefault("max_position_embeddings", raw.get("max_position_embeddings"))
     if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(
-            f"{where}: rope_type {rope['rope_type']!r} is not supported (its frequencies depend on the length of each "
-            "input, so packed and single documents would differ); supported are default, linear, llama3, yarn"
-        )
+        raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not supported; supported are default, linear, llama3, yarn")
     if (get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported")
     return rope
@@ -201,8 +199,6 @@ class PackedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         if self.kernel is not None and q.dtype in (torch.float16, torch.bfloat16):
             return self.kernel(q, k, v, self.cu_seqlens, max(self.lengths), window)
-        if len(self.lengths) == 1:
-            return attend_one(q, k, v, window)
         qs, ks, vs = (x.split(self.lengths) for x in (q, k, v))
         return torch.cat([attend_one(*document, window) for document in zip(qs, ks, vs, strict=True)])
 
@@ -227,8 +223,7 @@ def _varlen_kernel():
         groups = q.shape[1] // k.shape[1]
         if by_window:  # the left side counts the tokens before the query
             sides = (-1 if window is None else window - 1, 0)
-            out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=sides, enable_gqa=groups > 1)
-            return cast(Tensor, out)
+            return cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, window_size=sides, enable_gqa=groups > 1))
         if window is not None and longest > window:
             raise UserError(f"a document of {longest} tokens is beyond the sliding window {window}: needs torch >= 2.12")
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -313,12 +308,18 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # fp32 masters: the residual stream is 16-bit too
         inv_freq, scaling = rope_frequencies(self.config.rope, self.config.head_dim)
-        angles = torch.outer(attend.positions.float(), inv_freq.to(x.device))  # [T, E/2], in fp32
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # [T, 1, E]
+        angles = torch.outer(attend.positions.float(), inv_freq.to(x.device)).repeat(1, 2).unsqueeze(1)  # [T, 1, E], in fp32
         cos, sin = (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
         for block in self.layers:
             x = block(x, cos, sin, attend)
         return self.norm(x)
+
+
+class Head(nn.Linear):
+    """The projection to the vocabulary: logits [T, V], or whatever else `apply` makes of hidden states and the weight."""
+
+    def forward(self, hidden: Tensor, apply: Apply = F.linear) -> Tensor:
+        return apply(hidden, self.weight)
 
 
 class CausalLM(nn.Module):
@@ -329,17 +330,20 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:  # a tied model has one matrix, here as in its checkpoint
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
         """The matrix [V, D] that turns hidden states into logits."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Hidden states [T, D] of documents laid end to end. tokens int64 [T]; lengths: their sizes (default: one)."""
-        return self.model(tokens, PackedAttention(lengths or [tokens.shape[0]], tokens.device))
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int] | None = None, apply: Apply = F.linear, attend: Attend | None = None
+    ) -> Tensor:
+        """Logits [T, V] of documents laid end to end. tokens int64 [T]; lengths: their sizes (default: one document).
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Logits [T, V] of documents laid end to end. tokens int64 [T]; lengths: their sizes (default: one document)."""
-        return F.linear(self.hidden(tokens, lengths), self.head_weight)
+        apply: what to make of hidden states and head instead, a loss for instance; attend: another attention than that of
+        documents. All goes through here because sharding gathers weights around modules.
+        """
+        hidden = self.model(tokens, attend or PackedAttention(lengths or [tokens.shape[0]], tokens.device))
+        return apply(hidden, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(hidden, apply)

@@ -37,29 +37,42 @@ class Shards(Whole):
     def put(self, module: nn.Module, name: str, rows: Tensor) -> None:
         self.local(getattr(module, name).detach()).copy_(rows)
 
-    def gather(self, rows: Tensor, like: Tensor) -> Tensor:
-        return self.spread(rows, like).full_tensor()
-
-    def spread(self, rows: Tensor, like: Tensor) -> DTensor:
-        """`rows` as this process's part of a tensor that is spread as `like` is."""
-        shape = torch.Size((like.shape[0], *rows.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
-
     def local(self, p: Tensor) -> Tensor:
         assert isinstance(p, DTensor)
         return p.to_local()
 
+    def spread(self, rows: Tensor, like: Tensor) -> DTensor:
+        shape = torch.Size((like.shape[0], *rows.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
+    def gather(self, rows: Tensor, like: Tensor) -> Tensor:
+        return self.spread(rows, like).full_tensor()
+
+    def reduce(self, model: nn.Module, now: bool) -> None:
+        if isinstance(model, fsdp.FSDPModule):
+            model.set_requires_gradient_sync(now)
+
+    def rest(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+    def sum_gradients(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        """They are summed already: each process takes its rows."""
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                parameters[name].grad, p.grad = self.local(p.grad), None
+
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over the processes that hold one copy of the model between them, in place."""
         torch.distributed.all_reduce(value, group=self.mesh.get_group(self.mesh.ndim - 1))
         return value
 
 
-def choose(config: Config, model: CausalLM, dtype: torch.dtype, device: torch.device) -> str:
+def choose(config: Config, model: CausalLM, device: torch.device) -> str:
     """The strategy of a run; for "auto" whether weights and states fit a device whole decides, and that is said.
 
-    model: on the meta device, quantised and with its adapters. Raises UserError for a mesh that cannot be.
+    model: on the meta device, in its dtypes, quantised and with its adapters. Raises UserError for a mesh that cannot be.
     """
     wanted, world = config.parallel.strategy, dist.world_size()
     if wanted == "hsdp" and world > 1 and world % (config.parallel.shard_size or world):
@@ -74,10 +87,7 @@ def choose(config: Config, model: CausalLM, dtype: torch.dtype, device: torch.de
     if wanted != "auto":
         return wanted
     per_trained = FULL_BYTES[config.train.optimizer]
-    need = sum(
-        p.numel() * (per_trained if p.requires_grad else p.itemsize if not p.is_floating_point() else dtype.itemsize)
-        for p in model.parameters()
-    )
+    need = sum(p.numel() * (per_trained if p.requires_grad else p.itemsize) for p in model.parameters())
     have = device_bytes(device)
     chosen, relation = ("ddp", "fit") if need <= ROOM * have else ("fsdp", "do not fit")
     dist.log(
@@ -107,8 +117,9 @@ def shard(model: CausalLM, strategy: str, config: Config, compute: torch.dtype, 
     offload = fsdp.CPUOffloadPolicy() if config.parallel.cpu_offload else fsdp.OffloadPolicy()
 
     def group(module: nn.Module, reshard: bool) -> None:
-        module = fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
-        module.set_gradient_divide_factor(1.0)
+        group = fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     for block in model.model.layers:
         group(block, reshard=True)
@@ -118,9 +129,3 @@ def shard(model: CausalLM, strategy: str, config: Config, compute: torch.dtype, 
     group(model, reshard=False)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else device)
     return Shards(mesh)
-
-
-def reduce_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums gradients over processes, or keeps them for a later one to sum."""
-    if isinstance(model, fsdp.FSDPModule):
-        model.set_requires_gradient_sync(now)

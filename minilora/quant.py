@@ -24,16 +24,10 @@ from minilora.dist import Whole
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it on a CPU warns of an optional kernel package
 
 import bitsandbytes  # noqa: E402
-from bitsandbytes.functional import (  # noqa: E402
-    QuantState,
-    dequantize_4bit,
-    int8_vectorwise_quant,
-    quantize_4bit,
-    quantize_blockwise,
-)
+from bitsandbytes import functional as bnb  # noqa: E402
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' own, in files too
-PIECE = 2**22  # weights quantised at a time
+PIECE = 2**20  # weights quantised at a time
 OUTLIER = 6.0  # LLM.int8's threshold: input features with a larger magnitude are multiplied in 16 bit
 
 
@@ -62,8 +56,8 @@ class QuantizedLinear(nn.Linear, abc.ABC):
         self.requires_grad_(False)
         self.path = path
         self.is_stored = all(f"{path}.{mark}" in stored for mark in self.marks)
-        beside = [name for name in (*self.marks, *self.optional) if f"{path}.{name}" in stored]
-        self.names = ("weight", *beside) if self.is_stored else ("weight",)  # its tensors in the checkpoint
+        extra = self.optional if any(f"{path}.{name}" in stored for name in self.optional) else ()
+        self.names = ("weight", *self.marks, *extra) if self.is_stored else ("weight",)  # its tensors in the checkpoint
 
     def fill(self, read: Callable[[str, slice], Tensor], device: torch.device, dtype: torch.dtype, place: Whole) -> None:
         """Take the weight from a checkpoint, quantising it unless it already is; read(name, rows) gives its tensors.
@@ -73,14 +67,17 @@ class QuantizedLinear(nn.Linear, abc.ABC):
         """
         if not self.is_stored:
             weight = read("weight", place.rows(self.weight) if self.rows_are_alone else slice(None))
-            if not weight.is_floating_point():
-                raise UserError(f"{self.path}.weight is {weight.dtype}: neither 16-bit weights nor a form of bitsandbytes'")
             self.quantize(weight.to(device, dtype), place)
             return
         tensors = {name: read(name, slice(None)) for name in self.names}
-        if tensors["weight"].numel() * tensors["weight"].itemsize != self.weight.numel():
-            raise UserError(f"{self.path}.weight does not hold the weights of {self.extra_repr()}")
         self.take(tensors, device, place)
+
+    def check_sizes(self, tensors: dict[str, Tensor]) -> None:
+        """Raises UserError if what a checkpoint holds is not of this layer's shape."""
+        for name, elements in self.stored_sizes.items():
+            found = tensors[name].numel() * (tensors[name].itemsize if name == "weight" else 1)
+            if found != elements:
+                raise UserError(f"{self.path}.{name} has {found} elements, a layer of {self.extra_repr()} needs {elements}")
 
     def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out], a fresh tensor: LoRA adds into it
         return _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
@@ -94,6 +91,11 @@ class QuantizedLinear(nn.Linear, abc.ABC):
         for name, tensor in tensors.items():
             rows = slice(None) if are_mine else place.rows(getattr(self, name))
             place.put(self, name, _bits(tensor)[rows])
+
+    @property
+    @abc.abstractmethod
+    def stored_sizes(self) -> dict[str, int]:
+        """Elements of what a checkpoint holds, bytes of the weight."""
 
     @property
     def rows_are_alone(self) -> bool:
@@ -136,18 +138,23 @@ class NF4Linear(QuantizedLinear):
 
     def __init__(self, base: nn.Linear, path: str, stored: Collection[str], double_quant: bool):
         super().__init__(base, path, stored)
-        self.double_quant = f"{path}.weight.nested_absmax" in stored if self.is_stored else double_quant
+        self.double_quant = len(self.names) > 1 + len(self.marks) if self.is_stored else double_quant
         if self.in_features % 2:
             raise UserError(f"{path} has {self.in_features} input features; model.bits=4 packs two a byte: use 8 or 16")
-        blocks = -(-self.out_features * self.in_features // BLOCK)
+        self.blocks = -(-self.out_features * self.in_features // BLOCK)
         self._declare(
             weight=torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8, device="meta"),
-            absmax=self._rows(torch.empty(blocks, dtype=torch.uint8 if self.double_quant else torch.float32, device="meta")),
+            absmax=self._rows(torch.empty(self.blocks, dtype=self._absmax_dtype, device="meta")),
         )
 
     @property
     def rows_are_alone(self) -> bool:
         return self.in_features % BLOCK == 0
+
+    @property
+    def stored_sizes(self) -> dict[str, int]:
+        nested = {"weight.nested_absmax": -(-self.blocks // NESTED_BLOCK), "weight.nested_quant_map": 256}
+        return {"weight": self.weight.numel(), "weight.absmax": self.blocks} | (nested if self.double_quant else {})
 
     def quantize(self, weight: Tensor, place: Whole) -> None:
         """Piece by piece, because bitsandbytes makes fp32 and int32 copies on a CPU; blocks know nothing of each other."""
@@ -155,32 +162,40 @@ class NF4Linear(QuantizedLinear):
         absmax = torch.empty(-(-weight.numel() // BLOCK), device=weight.device)
         pieces = zip(weight.flatten().split(PIECE), packed.split(PIECE // 2), absmax.split(PIECE // BLOCK), strict=True)
         for piece, its_packed, its_absmax in pieces:
-            part, state = quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+            part, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
             its_packed.copy_(part.flatten())
             its_absmax.copy_(state.absmax)
         if self.double_quant:  # of the whole layer's blocks, everybody's
             if self.rows_are_alone:
                 absmax = place.gather(absmax.view(len(weight), -1), self.absmax).flatten()
             offset = absmax.mean()
-            absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-            self._nest(QuantState(absmax, offset=offset, state2=nested))
+            absmax, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+            self._nest(bnb.QuantState(absmax, offset=offset, state2=nested))
         self._hold(place, self.rows_are_alone, weight=packed.view(-1, self.in_features // 2))
         self._hold(place, self.rows_are_alone and not self.double_quant, absmax=self._rows(absmax))
 
     def take(self, tensors: dict[str, Tensor], device: torch.device, place: Whole) -> None:
-        packed = tensors.pop("weight")
-        state = QuantState.from_dict({name.removeprefix("weight."): t for name, t in tensors.items()}, device)
-        if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
+        stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
+        state = bnb.QuantState.from_dict(stats, device)
+        sizes = (state.blocksize, state.state2.blocksize if state.nested else NESTED_BLOCK)
+        if sizes != (BLOCK, NESTED_BLOCK):
+            raise UserError(f"{self.path} is quantised in blocks of {sizes[0]}; only {BLOCK} (nested {NESTED_BLOCK}) is read")
+        if state.shape != (self.out_features, self.in_features) or state.absmax.dtype != self._absmax_dtype:
             raise UserError(
-                f"{self.path} is quantised in blocks of {state.blocksize}; only {BLOCK} (nested {NESTED_BLOCK}) is read"
+                f"{self.path} is quantised as {state.absmax.dtype} of {list(state.shape)}, not as {self.extra_repr()}"
             )
+        self.check_sizes(tensors)
         if state.nested:
             self._nest(state)
         # a file may hold the bytes under another dtype (bnb_4bit_quant_storage)
-        packed = packed.to(device).contiguous().view(torch.uint8).view(self.out_features, -1)
+        packed = tensors["weight"].to(device).contiguous().view(torch.uint8).view(self.out_features, -1)
         self._hold(place, weight=packed, absmax=self._rows(state.absmax))
 
-    def _nest(self, state: QuantState) -> None:
+    @property
+    def _absmax_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.double_quant else torch.float32
+
+    def _nest(self, state: bnb.QuantState) -> None:
         self.register_buffer("nested_absmax", state.state2.absmax)
         self.register_buffer("nested_code", state.state2.code)
         self.register_buffer("offset", state.offset)
@@ -188,21 +203,26 @@ class NF4Linear(QuantizedLinear):
     def _rows(self, absmax: Tensor) -> Tensor:
         return absmax.view(-1, self.in_features // BLOCK) if self.rows_are_alone else absmax
 
-    def state(self, dtype: torch.dtype) -> QuantState:
+    def state(self, dtype: torch.dtype) -> bnb.QuantState:
         """The layer in bitsandbytes' terms; dtype: what it dequantises to."""
         shape, absmax, nested = torch.Size((self.out_features, self.in_features)), self.absmax.flatten(), None
         if self.double_quant:
-            nested = QuantState(self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+            nested = bnb.QuantState(self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
         else:
             absmax = absmax.view(torch.float32)
         offset = self.offset if self.double_quant else None
-        return QuantState(absmax, shape, None, BLOCK, "nf4", dtype, offset, nested)
+        return bnb.QuantState(absmax, shape, None, BLOCK, "nf4", dtype, offset, nested)
 
     def product(self, x: Tensor) -> Tensor:
+        if not self.rows_are_alone:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
         return bitsandbytes.matmul_4bit(x, self.weight, self.state(x.dtype), bias=self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_4bit(self.weight.view(-1, 1), self.state(dtype))
+        state = self.state(dtype)
+        if not self.rows_are_alone:  # bitsandbytes 0.50 on a CPU begins a block with each row: one long row, then
+            state.shape = torch.Size((1, self.out_features * self.in_features))
+        return bnb.dequantize_4bit(self.weight.view(-1, 1), state).view(self.out_features, self.in_features)
 
 
 class Int8Linear(QuantizedLinear):
@@ -218,17 +238,24 @@ class Int8Linear(QuantizedLinear):
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")
         self._declare(weight=weight, SCB=torch.empty(self.out_features, device="meta"))
 
+    @property
+    def stored_sizes(self) -> dict[str, int]:
+        return {"weight": self.weight.numel(), "SCB": self.out_features}
+
     def quantize(self, weight: Tensor, place: Whole) -> None:
         packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(len(weight), device=weight.device)
         rows = max(1, PIECE // self.in_features)  # at a time, as above
         for piece, its_packed, its_scale in zip(weight.split(rows), packed.split(rows), scale.split(rows), strict=True):
-            part, largest, _ = int8_vectorwise_quant(piece.to(torch.float16))
+            part, largest, _ = bnb.int8_vectorwise_quant(piece.to(torch.float16))
             its_packed.copy_(part)
             its_scale.copy_(largest)
         self._hold(place, are_mine=True, weight=packed, SCB=scale)
 
     def take(self, tensors: dict[str, Tensor], device: torch.device, place: Whole) -> None:
+        self.check_sizes(tensors)
+        if tensors["weight"].shape != self.weight.shape:
+            raise UserError(f"{self.path}.weight has shape {list(tensors['weight'].shape)}, not that of {self.extra_repr()}")
         if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
             raise UserError(f"{self.path} is stored for one kind of GPU (weight_format); save it again with bitsandbytes >= 0.46")
         self._hold(place, weight=tensors["weight"].to(device), SCB=tensors["SCB"].to(device, torch.float32))
@@ -238,7 +265,9 @@ class Int8Linear(QuantizedLinear):
         the dequantised weight, as bitsandbytes does."""
         if self.training and not x.is_cuda:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
-        packed, scale, outliers = int8_vectorwise_quant(x.to(torch.float16, copy=True), threshold=OUTLIER)  # changes its input
+        packed, scale, outliers = bnb.int8_vectorwise_quant(
+            x.to(torch.float16, copy=True), threshold=OUTLIER
+        )  # changes its input
         multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
         return multiply(x, packed, self.weight, scale, self.SCB.view(torch.float32), outliers, self.bias)[0]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minilora import dist
 from minilora.config import UserError
-from minilora.dist import Whole
+from minilora.dist import WHOLE, Whole
 
 if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no others
     from minilora.quant import QuantizedLinear
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no o
 SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard we write
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-WHOLE = Whole()
 HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed here
 
 
@@ -143,9 +142,13 @@ def load_weights(
         raise UserError(f"{directory}: the checkpoint {what} ({len(missing)} missing, {len(extra)} unexpected)")
     for name, shape in [*((name, shape) for name, (_, shape) in wanted.items()), *plain.items()]:
         with open_safetensors(files[name]) as file:
-            found = file.get_slice(name).get_shape() if name in file.keys() else shape
+            if name not in file.keys():
+                continue  # read_tensor says so
+            found, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
         if tuple(found) != tuple(shape):
             raise UserError(f"{files[name]}: {name} has shape {found}, config.json says {list(shape)}")
+        if kind not in ("F64", *DTYPE_CODES.values()):
+            raise UserError(f"{files[name]}: {name} holds {kind}: neither 16-bit weights nor a form of bitsandbytes'")
     for name, (path, _) in wanted.items():
         rows = read_tensor(files[name], name, place.rows(model.get_parameter(path)))
         assign(model, path, rows.to(device, dtype, copy=True), place)

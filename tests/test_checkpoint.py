@@ -25,18 +25,21 @@ import minilora
 import tiny_tokenizers
 import train
 from minilora.build import build_model
-from minilora.checkpoint import (
-    TENSORS,
-    TrainerState,
-    is_complete,
-    load_training_tensors,
-    read_adapter,
-    save,
-    training_tensors,
-    write_atomically,
-)  # fmt: skip
+from minilora.checkpoint import TENSORS, load_training_tensors, read_adapter, training_tensors
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, RunError, TrainConfig, UserError
-from minilora.running.directory import changed_fields, newest, prune, read_state, set_aside, start_directory, step_checkpoints
+from minilora.running.directory import (
+    TrainerState,
+    changed_fields,
+    is_complete,
+    newest,
+    prune,
+    read_state,
+    save,
+    set_aside,
+    start_directory,
+    step_checkpoints,
+    write_atomically,
+)
 from minilora.tokenizer import Tokenizer
 from tiny_models import random_tokens, tiny
 
@@ -406,7 +409,7 @@ BENDING = {
     "lora.alpha": 1.0, "lora.dropout": 0.1, "lora.target_modules": ("q_proj",), "lora.rslora": False, "lora.init_from": "other",
     "data.train_file": "other", "data.train_size": 3, "data.format": "text", "data.prompt_template": "{title}",
     "data.chat": False, "data.edge_dropping": False, "data.max_seq_length": 7, "data.too_long": "truncate",
-    "data.shuffle": False, "train.batch_size": 5, "train.grad_acc_steps": 2, "train.learning_rate": 2e-2,
+    "data.shuffle": False, "train.learning_rate": 2e-2,
     "train.lr_scheduler": "cosine", "train.warmup_steps": 1, "train.warmup_ratio": 0.5, "train.weight_decay": 0.5,
     "train.max_grad_norm": 9.0, "train.optimizer": "adamw8bit", "train.group_by_length": False,
 }  # fmt: skip
@@ -415,6 +418,7 @@ FREE = {
     "data.eval_size": 9, "train.epochs": 7.0, "train.max_steps": 9, "train.logging_steps": 1, "train.save_steps": 9,
     "train.save_total_limit": 1, "train.resume": "never", "train.gradient_checkpointing": True, "eval.eval_steps": 1,
     "eval.batch_size": 1, "eval.temperature": 0.9, "log.tensorboard": True, "log.wandb_notes": "x",
+    "train.batch_size": 5, "train.grad_acc_steps": 2,  # what they come to together is compared as documents per step
 }  # fmt: skip
 
 

@@ -18,9 +18,9 @@ import tiny_tokenizers
 from infer import ask
 from minilora.config import DataConfig, UserError
 from minilora.data import Batch, Documents, step_order
-from minilora.examples import build
 from minilora.labels import IGNORE
 from minilora.running.cache import load_documents
+from minilora.running.examples import build
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)

@@ -21,7 +21,7 @@ from minilora.build import build_model
 from minilora.checkpoint import save_adapter
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, TrainConfig, UserError
 from minilora.generate import Answer, generate_ids, sample
-from minilora.lora import init_adapters, inject, lora_layers
+from minilora.lora import adapter_state, init_adapters, inject, lora_layers
 from minilora.model import CausalLM
 from minilora.tokenizer import Tokenizer
 from tiny_models import VOCAB, WINDOW, config_json, ours, tiny
@@ -88,7 +88,7 @@ def test_the_batch_does_not_change_an_answer(family: str, sampling: dict):
     assert len({tuple(ids) for ids in alone}) > 15
     for batch_size in (3, 16, 50):
         assert ids_of(model, prompts(), stop_ids=ENDS, batch_size=batch_size, **sampling) == alone
-    assert ids_of(model, prompts()[7:], stop_ids=ENDS, first_index=7, **sampling) == alone[7:]
+    assert ids_of(model, prompts()[7:], stop_ids=ENDS, indices=range(7, len(prompts())), **sampling) == alone[7:]
 
 
 @EVERY_FAMILY
@@ -383,7 +383,7 @@ def test_a_live_adapter_says_what_the_merged_model_says(bases: dict[str, Path], 
     randomise(model)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    save_adapter(adapter, model, lora, Config(model=ModelConfig(name=str(base))))
+    save_adapter(adapter, adapter_state(model), lora, Config(model=ModelConfig(name=str(base))))
     assert merge.main(merge.Args(str(adapter))) == 0
 
     def answers(*args: str, **options) -> list[str]:

@@ -19,9 +19,9 @@ import tokenizers
 import tiny_tokenizers
 from minilora.config import DataConfig
 from minilora.data import Documents
-from minilora.examples import build
 from minilora.labels import IGNORE, Edge, draw_kept, keep_probabilities, mark_tokens, path_edges
 from minilora.running.cache import load_documents
+from minilora.running.examples import build
 from minilora.tokenizer import Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)

@@ -24,9 +24,9 @@ import merge
 import minilora
 import tiny_tokenizers
 from minilora.build import build_model
-from minilora.checkpoint import TrainerState, save
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, UserError
 from minilora.lora import lora_layers
+from minilora.running.directory import TrainerState, save
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.weights import save_weights
 from tiny_models import config_json, in_bfloat16, random_tokens, tiny

@@ -12,10 +12,10 @@ import safetensors
 import safetensors.numpy
 
 import minilora.tokenizer
-from minilora import dist, examples, labels
+from minilora import dist, labels
 from minilora.config import DataConfig, UserError
 from minilora.data import Counts, Documents
-from minilora.running import reading
+from minilora.running import examples, reading
 from minilora.tokenizer import Tokenizer
 
 

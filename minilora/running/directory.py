@@ -1,23 +1,129 @@
-"""A run's directory: the checkpoints in it, and which one a new start continues from."""
+"""A run's directory: its checkpoints, complete or absent, never half, and which one a new start continues from."""
 
 import dataclasses
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
 from minilora import dist
-from minilora.checkpoint import STATE, TrainerState, is_complete, make_directory
-from minilora.config import Config, UserError, leaves
-from minilora.weights import read_json
+from minilora.checkpoint import SPREAD, STATE, TENSORS, save_adapter, save_spread
+from minilora.config import Config, LoraConfig, RunError, UserError, leaves
+from minilora.dist import WHOLE, Whole
+from minilora.lora import adapter_state
+from minilora.tokenizer import Tokenizer
+from minilora.weights import read_json, save_config, save_weights
 
 # config fields that may change between a run and its continuation: they do not bend what has been trained so far
 FREE_TO_CHANGE = (
     "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size", "train.epochs",
     "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume",
-    "train.gradient_checkpointing", "train.compile", "train.early_stopping_patience", "eval.", "log.", "hub.", "parallel.",
+    "train.gradient_checkpointing", "train.compile",
+    "train.batch_size", "train.grad_acc_steps", "train.early_stopping_patience", "eval.", "log.", "hub.", "parallel.",
 )  # fmt: skip
+
+
+@dataclasses.dataclass
+class TrainerState:
+    """Where a run stands; `step` optimizer steps are done."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    finished: bool = False
+    data: str = ""  # digest of the tokenised training rows
+    docs_per_step: int = 0
+
+
+def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
+    """Make `directory` appear whole: written under a temporary name, synced to disk, listed in a manifest, renamed.
+
+    All processes call it, and `write` runs on each of them. Raises RunError if the disk will not take it; whatever was
+    there before is intact.
+    """
+    temporary = directory.with_name(f".tmp-{directory.name}")
+    if dist.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        make_directory(temporary)
+    try:
+        dist.barrier()
+        write(temporary)
+        dist.barrier()
+        if dist.rank() > 0:
+            return
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in files:  # the safetensors library makes its files for the owner alone
+            shutil.copymode(temporary / "manifest.json", path)
+        for path in [*files, temporary / "manifest.json", temporary]:
+            _sync(path)
+        shutil.rmtree(directory, ignore_errors=True)  # incomplete, or of a run continued from before it
+        os.rename(temporary, directory)
+        _sync(directory.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | safetensors.SafetensorError):  # the library reports a full disk as its own error
+            raise RunError(f"{directory} could not be written ({error}); what was there before is intact") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made or is no directory: {error.strerror}") from error
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file of the manifest is there in its size."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        return all((directory / name).stat().st_size == size for name, size in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def save(
+    directory: Path, model: nn.Module, tokenizer: Tokenizer, config: Config, lora: LoraConfig | None, state: TrainerState,
+    tensors: dict[str, Tensor], base: Path, dtype: torch.dtype, place: Whole = WHOLE,
+) -> None:  # fmt: skip
+    """Write a checkpoint, all processes together. tensors: what resuming needs (see `training_tensors`); base: the
+    directory of the base model."""
+
+    def write(target: Path) -> None:
+        if lora is None:
+            save_weights(model, target, dtype, place)
+        adapter = {name: tensor.contiguous().cpu() for name, tensor in adapter_state(model, place).items()}
+        if place.count > 1:
+            save_spread(target / SPREAD, tensors, dict(model.named_parameters()), place)
+        if dist.rank() > 0:
+            return
+        if lora is not None:
+            save_adapter(target, adapter, lora, config)
+        else:
+            save_config(target, read_json(base / "config.json"), dtype)
+        tokenizer.save(target)
+        if place.count == 1:
+            safetensors.torch.save_file(tensors, str(target / TENSORS))
+        record = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}
+        (target / STATE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    write_atomically(directory, write)
 
 
 def start_directory(out: Path, config: Config) -> None:

@@ -13,8 +13,8 @@ import tqdm
 from minilora import dist
 from minilora.config import DataConfig, UserError
 from minilora.data import Counts, Documents
-from minilora.examples import RowError, build, parse
 from minilora.labels import Edge, keep_probabilities, mark_tokens
+from minilora.running.examples import RowError, build, parse
 from minilora.tokenizer import Tokenizer
 
 CHUNK_LINES = 256  # lines a worker takes at a time

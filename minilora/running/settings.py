@@ -19,7 +19,6 @@ from minilora.config import Config, RunError, UserError, leaves, nearest
 # what the contract names and this version cannot do yet, with the values it can: refused, never ignored
 NOT_YET: dict[str, tuple] = {
     "train.early_stopping_patience": (None,), "eval.metrics": ((),),
-    "parallel.strategy": ("auto", "ddp"), "parallel.cpu_offload": (False,), "parallel.shard_size": (None,),
     "train.compile": (False,), "hub.push": (False,), "plan": (False,),
 }  # fmt: skip
 
@@ -106,6 +105,13 @@ def validate(config: Config) -> None:
         (not 0 <= t.min_lr_ratio <= 1, "train.min_lr_ratio must be in [0, 1]"),
         (t.min_lr_ratio > 0 and t.lr_scheduler.startswith("constant"), "train.min_lr_ratio needs lr_scheduler cosine or linear"),
         (not 0 <= t.weight_decay < float("inf"), "train.weight_decay must not be negative"),
+        (config.parallel.cpu_offload and not torch.cuda.is_available(),
+         "parallel.cpu_offload moves parameters out of GPU memory, and there is no GPU here: leave it out"),
+        (config.parallel.cpu_offload and config.parallel.strategy not in ("fsdp", "hsdp"),
+         "parallel.cpu_offload needs parallel.strategy fsdp or hsdp"),
+        ((config.parallel.shard_size is not None) != (config.parallel.strategy == "hsdp"),
+         "parallel.shard_size goes with parallel.strategy='hsdp', which needs it"),
+        (config.parallel.shard_size is not None and config.parallel.shard_size < 1, "parallel.shard_size must be at least 1"),
         (t.optimizer.startswith("paged") and not torch.cuda.is_available(),
          f"train.optimizer={t.optimizer!r} pages its states out of GPU memory, and there is no GPU here: "
          f"use {t.optimizer.removeprefix('paged_')!r}"),

@@ -5,9 +5,9 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from minilora.checkpoint import make_directory
 from minilora.data import Documents
 from minilora.labels import IGNORE
+from minilora.running.directory import make_directory
 from minilora.tokenizer import Tokenizer
 
 # how a stretch of tokens is shown: (on a terminal, elsewhere), each (before, after)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from minilora import dist
-from minilora.checkpoint import TrainerState
 from minilora.config import RunError
-from minilora.running.directory import newest
+from minilora.running.directory import TrainerState, newest
 
 
 class Window:
