@@ -27,7 +27,7 @@ import bitsandbytes  # noqa: E402
 from bitsandbytes import functional as bnb  # noqa: E402
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' own, in files too
-PIECE = 2**20  # weights quantised at a time
+PIECE = 2**18  # weights quantised at a time
 OUTLIER = 6.0  # LLM.int8's threshold: input features with a larger magnitude are multiplied in 16 bit
 
 
@@ -220,7 +220,7 @@ class NF4Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         state = self.state(dtype)
-        if not self.rows_are_alone:  # bitsandbytes 0.50 on a CPU begins a block with each row: one long row, then
+        if not self.rows_are_alone:  # bitsandbytes 0.50 on a CPU misreads blocks that cross rows: one long row, then
             state.shape = torch.Size((1, self.out_features * self.in_features))
         return bnb.dequantize_4bit(self.weight.view(-1, 1), state).view(self.out_features, self.in_features)
 

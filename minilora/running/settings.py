@@ -4,6 +4,8 @@ A config file defines `config = Config(...)` with only what differs from the def
 """
 
 import dataclasses
+import os
+import re
 import runpy
 import sys
 import traceback
@@ -14,7 +16,10 @@ import torch
 import typeguard
 import tyro
 
+from minilora import dist
 from minilora.config import Config, RunError, UserError, leaves, nearest
+
+LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|CheckpointException|[Tt]imed out", re.IGNORECASE)
 
 # what the contract names and this version cannot do yet, with the values it can: refused, never ignored
 NOT_YET: dict[str, tuple] = {
@@ -144,3 +149,13 @@ def run_main(main: typing.Callable[[], int | None]) -> typing.NoReturn:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except RuntimeError as error:
+        if dist.world_size() == 1 or not LOST.search(f"{type(error).__name__} {error}"):
+            raise
+        first = str(error).splitlines()[0]
+        print(
+            f"error: process {dist.rank()} of {dist.world_size()} lost touch with another one, which failed, was killed or hangs "
+            f"({first[:200]}). Checkpoints are as they were: the same command continues from the newest",
+            file=sys.stderr,
+        )
+        os._exit(1)  # at once: taking the process group down would wait for the lost one
