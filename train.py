@@ -166,7 +166,7 @@ def build_trainable(
     trainable = {name: p for name, p in built.model.train().named_parameters() if p.requires_grad}
     trained = sum(p.numel() for p in trainable.values())
     parameters = trainable if place.count == 1 else {name: nn.Parameter(place.local(p.detach())) for name, p in trainable.items()}
-    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
+    processes = f" x {dist.world_size()} processes" * (dist.world_size() > 1) + ", sharded" * (place.count > 1)
     dist.log(
         f"{config.model.name}: {built.parameters:,} parameters and {trained:,} trained, {built.dtype} on {device}{processes}"
     )

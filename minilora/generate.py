@@ -105,7 +105,7 @@ def generate_ids(
     indices = indices or range(len(prompts))
     if empty := [i for i, prompt in zip(indices, prompts, strict=True) if not len(prompt)]:
         raise UserError(f"prompt {empty[0]} is empty: there is nothing to continue")
-    device = model.head_weight.device
+    device = dist.default_device() if together else model.head_weight.device  # shards may wait in host memory
     was_training = model.training
     model.eval()
     ends = {i for i in (tokenizer.eos_id, *stop_ids) if i is not None}

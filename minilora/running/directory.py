@@ -123,7 +123,20 @@ def save(
         record = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}
         (target / STATE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
 
+    if dist.rank() == 0:
+        _check_space(directory)
     write_atomically(directory, write)
+
+
+def _check_space(directory: Path) -> None:
+    """Raises RunError, before anything is written, if the disk has less room than the last checkpoint took."""
+    last = newest(directory.parent)
+    needed = sum(p.stat().st_size for p in last.rglob("*") if p.is_file()) if last else 0
+    if (free := shutil.disk_usage(directory.parent).free) < needed:
+        raise RunError(
+            f"{directory} could not be written (No space left: it needs {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f}); "
+            "what was there before is intact. train.save_total_limit keeps fewer checkpoints"
+        )
 
 
 def start_directory(out: Path, config: Config) -> None:
