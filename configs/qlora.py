@@ -2,11 +2,11 @@
 
 python train.py configs/qlora.py --data.train_file T.jsonl --output_dir OUT
 
-What it needs, in GB: 3.6 the linear layers in 4 bits with double quantisation, 0.5 embedding and head in bfloat16, 1.3 the
-adapters (84 M parameters at rank 32, 16 bytes each: fp32 weight, gradient and AdamW's two states), about 2 one block's
-activations at 4 x 2,048 tokens, 1 the kept inputs of the 32 blocks, 0.6 a dequantised weight and a chunk of the loss: 9 to
-10 in all, so a 16 GB GPU will do at batch_size=2. Without double_quant 0.4 more, with adamw8bit 0.5 less. These are sums, not
-a measurement.
+What it needs, in GB: 3.6 the linear layers in 4 bits with double quantisation (4.0 without), 0.5 embedding and head in
+bfloat16, 0.8 the adapters (84 M parameters at rank 32, 10 bytes each with 8-bit AdamW, 16 with adamw), 2.1 the kept inputs of
+32 blocks at 4 x 2,048 tokens, about 3 one block's activations and their gradients, 0.3 a dequantised weight and a chunk of the
+loss: some 10 in all, so 16 GB do as well. These are sums. Measured, on a CPU: a random model of this shape takes 4.3 GiB
+at most while it is read and quantised, and holds 4.2 GiB afterwards, adapters included.
 
 Merge with `python merge.py OUT/checkpoint-final --verify`: into the original 16-bit weights, or with --from-quantised into
 the ones that were trained over.

@@ -167,7 +167,7 @@ class NF4Linear(QuantizedLinear):
             its_absmax.copy_(state.absmax)
         if self.double_quant:  # of the whole layer's blocks, everybody's
             if self.rows_are_alone:
-                absmax = place.gather(absmax.view(len(weight), -1), self.absmax).flatten()
+                absmax = place.gather(self._rows(absmax), self.absmax).flatten()
             offset = absmax.mean()
             absmax, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
             self._nest(bnb.QuantState(absmax, offset=offset, state2=nested))
@@ -265,9 +265,8 @@ class Int8Linear(QuantizedLinear):
         the dequantised weight, as bitsandbytes does."""
         if self.training and not x.is_cuda:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
-        packed, scale, outliers = bnb.int8_vectorwise_quant(
-            x.to(torch.float16, copy=True), threshold=OUTLIER
-        )  # changes its input
+        x16 = x.to(torch.float16, copy=True)  # the next line changes it
+        packed, scale, outliers = bnb.int8_vectorwise_quant(x16, threshold=OUTLIER)
         multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
         return multiply(x, packed, self.weight, scale, self.SCB.view(torch.float32), outliers, self.bias)[0]
 
