@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -104,8 +105,8 @@ def fit_counting(config: Config) -> list[tuple[int, torch.dtype]]:
     return sums
 
 
-def fit_slowly(config: Config, patience: float, delay: float) -> bool:
-    """Train where tokenising takes longer than a collective may; returns whether the group existed meanwhile."""
+def fit_slowly(config: Config, patience: float, delay: float) -> list[bool]:
+    """Train where tokenising takes longer than a collective may; returns, per file tokenised here, whether the group existed."""
     real, joined = cache.reading.tokenise_file, []
 
     def tokenise_file(*arguments):
@@ -119,7 +120,7 @@ def fit_slowly(config: Config, patience: float, delay: float) -> bool:
     return joined
 
 
-def spread(directory: Path, strategy: str = "fsdp", shard_size: int | None = None, **options) -> Built:
+def spread(directory: Path, strategy: Literal["fsdp", "hsdp"] = "fsdp", shard_size: int | None = None, **options) -> Built:
     """A model spread over the processes as a run does it; with one process it is whole."""
     config = Config()
     config.method = "full" if options.get("full") else "lora"
