@@ -6,8 +6,10 @@ below, or a noun of the package.
 
 import hashlib
 import math
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
 from minilora.weights import read_json, resolve
 
+SAME_SIGNAL = 5  # seconds
 EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
 
 
@@ -300,10 +303,13 @@ def save_checkpoint(
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once."""
+    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once.
+
+    Within a few seconds it counts as the same: torchrun hands on what a scheduler has sent to its processes already.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.since = 0, 0.0
         self.agreed = False
 
     def __enter__(self) -> "StopSignal":
@@ -311,10 +317,13 @@ class StopSignal:
         return self
 
     def request(self, number: int, frame: object) -> None:
-        self.number = number
-        dist.log(f"signal {number}: stopping after this step, with a checkpoint (again to stop at once)")
-        for s in self.previous:
-            signal.signal(s, signal.SIG_DFL)
+        if self.number and time.monotonic() < self.since + SAME_SIGNAL:
+            return
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number, self.since = number, time.monotonic()
+        dist.log(f"signal {number}: stopping after this step, with a checkpoint (again in {SAME_SIGNAL} s to stop at once)")
 
     def agree(self, step: int, device: torch.device) -> None:
         """Learn whether any rank was asked to stop; with several GPUs only every ten steps, because looking waits."""

@@ -132,8 +132,8 @@ def run(args: Args, base: str, processes: int, strategy: str, bits: int) -> dict
     threads = max(1, (os.cpu_count() or 1) // processes)
     flags = f"--base {base} --strategies {strategy} --bits {bits} --tokens {args.tokens}".split()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__, *flags]
-    # fixed, so that glibc gives large tensors back at once: what is measured is need, not its heap's fragmentation
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(4 * MIB)}
+    # fixed, so that glibc hands large tensors back when they are freed: what is measured is need, not its heap's holes
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(20 * MIB)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(rows) != processes:

@@ -1,15 +1,16 @@
-"""Memory of one of many processes, foretold on a CPU: python bench/scale.py [--models 7B 8B 70B] [--ranks 8 64 1024] [--methods ...]
+"""Memory of one of many processes, foretold on a CPU: python bench/scale.py [--models 7B] [--ranks 8 64] [--methods lora4]
 
 A training step of Mistral-7B, Llama-3.1-8B and Llama-3.1-70B in shards (fsdp), by the package's own code: build_model, the
 step of train.py with gradient checkpointing, AdamW, 4,096 tokens a rank in one document, all supervised. Tensors are fake
-(shapes without values) and the process group is torch's "fake" one, whose collectives return at once, so no memory and no
-network is needed; torch's FSDPMemTracker adds up what would be allocated. Printed is the peak of the first rank, which holds
-the most rows, in GiB.
+(shapes without values) and the process group is torch's "fake" one, whose collectives return at once, so that neither the
+memory nor the network is needed; torch's FSDPMemTracker adds up what would be allocated. Printed is "held / peak" of the
+first rank, which holds the most rows, in GiB: weights and optimizer states between steps, and the most during one.
 
 What stands in for the real thing: weights are not read (their memory is there); the positions of the packed documents and
-the supervised rows are made beforehand, because fake tensors have no values to count; FSDP cuts off the first rank's piece of
-a parameter and not all 1,024, of which it keeps that one too; the optimizer has made a step before, so that its states are there. Left out: the allocator's
-fragmentation, the CUDA context and NCCL's buffers (1 to 2 GiB together), kernels' workspaces, and peaks while loading.
+the supervised rows are made beforehand, because fake tensors have no values to count; FSDP is given only the first rank's
+piece of a parameter to choose from, not all 1,024; the optimizer has stepped once before, so that its states are there.
+bitsandbytes' 4-bit products are its own, with the fakes it registers. Left out: the allocator's fragmentation, the CUDA
+context and NCCL's buffers, kernels' workspaces, the block that a GPU gathers ahead, and loading.
 """
 
 import contextlib

@@ -91,7 +91,10 @@ def save_spread(directory: Path, tensors: dict[str, Tensor], parameters: dict[st
             spread[key] = place.spread(tensor, p)
         else:
             spread[key if tensor.ndim == 0 or ".qmap" in key else f"{key}#{dist.rank()}/{dist.world_size()}"] = tensor
-    dcp.save(spread, checkpoint_id=str(directory))
+    try:
+        dcp.save(spread, checkpoint_id=str(directory))
+    except dcp.api.CheckpointException as error:  # raised on all processes, and no Exception
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def load_spread(directory: Path, parameters: dict[str, nn.Parameter], place: Whole) -> dict[str, Tensor]:

@@ -69,8 +69,7 @@ class QuantizedLinear(nn.Linear, abc.ABC):
             weight = read("weight", place.rows(self.weight) if self.rows_are_alone else slice(None))
             self.quantize(weight.to(device, dtype), place)
             return
-        tensors = {name: read(name, slice(None)) for name in self.names}
-        self.take(tensors, device, place)
+        self.take({name: read(name, slice(None)) for name in self.names}, device, place)
 
     def check_sizes(self, tensors: dict[str, Tensor]) -> None:
         """Raises UserError if what a checkpoint holds is not of this layer's shape."""
@@ -210,8 +209,7 @@ class NF4Linear(QuantizedLinear):
             nested = bnb.QuantState(self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
         else:
             absmax = absmax.view(torch.float32)
-        offset = self.offset if self.double_quant else None
-        return bnb.QuantState(absmax, shape, None, BLOCK, "nf4", dtype, offset, nested)
+        return bnb.QuantState(absmax, shape, None, BLOCK, "nf4", dtype, self.offset if nested else None, nested)
 
     def product(self, x: Tensor) -> Tensor:
         if not self.rows_are_alone:

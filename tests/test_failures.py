@@ -283,7 +283,7 @@ for _ in range(200):
         os._exit(train.main(config))
     while os.waitpid(child, os.WNOHANG)[0] == 0:
         if kills < 50 and metrics.exists() and metrics.stat().st_size > before:  # it trains
-            time.sleep(rng.uniform(0, 0.06))
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
             kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
             break
@@ -296,8 +296,9 @@ print(f"{kills} kills")
 
 def test_fifty_random_kills(tmp_path: Path, make: Callable[..., Config]):
     """Row 16: one process, killed anywhere and begun again fifty times, ends where an uninterrupted one does."""
-    settings = {"rows": 8, "train__epochs": 100.0, "train__save_steps": 2, "train__save_total_limit": 3, "data__num_workers": 1}
+    settings = {"rows": 8, "train__epochs": 40.0, "train__save_steps": 2, "train__save_total_limit": 3, "data__num_workers": 1}
     whole, broken = (make(tmp_path / name, eval__eval_steps=1000, **settings) for name in ("whole", "broken"))
+    whole.train.save_steps = 1000
     assert train.main(whole) == 0
     file = write(broken)
     file.with_name("forever.py").write_text(f"ROOT = {str(ROOT)!r}\n{FOREVER}", encoding="utf-8")
@@ -307,7 +308,7 @@ def test_fifty_random_kills(tmp_path: Path, make: Callable[..., Config]):
     assert done.stderr.count("resumed from") >= 40, "most kills come after a checkpoint"
     assert len(assert_whole(broken)) == 4 and not list(Path(broken.output_dir).glob(".tmp-*"))
     assert adapter(broken) == adapter(whole)
-    assert [row["step"] for row in metrics(broken)] == [row["step"] for row in metrics(whole)]
+    assert [row["loss"] for row in metrics(broken)] == [row["loss"] for row in metrics(whole)]
 
 
 # --- processes that are asked to stop ---
