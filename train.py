@@ -27,7 +27,7 @@ from minilora.loss import cross_entropy_sum
 from minilora.model import Apply
 from minilora.running.cache import load_documents
 from minilora.running.directory import TrainerState, find_checkpoint, prune, save, set_aside, start_directory
-from minilora.running.settings import load_config, run_main
+from minilora.running.settings import check_device, load_config, run_main
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview
@@ -41,6 +41,8 @@ EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which o
 def main(config: Config) -> int:
     """Run the configured training; returns the exit code."""
     out, train = Path(config.output_dir), config.train
+    if not config.preview:
+        check_device(config)
     base = resolve(config.model.name, config.model.revision)
     tokenizer = Tokenizer(base, chat_template(config.data.chat_template))
     documents, chosen, eval_sets = load_data(config, tokenizer, base)

@@ -4,6 +4,7 @@ Real processes under torchrun. A start costs seconds, so each of the fixtures `o
 wanted of that many processes, and the tests look at what came out.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -25,7 +26,7 @@ from minilora.build import build_model
 from minilora.config import Config, LoraConfig, UserError, leaves
 from minilora.model import CausalLM, DecoderConfig
 from minilora.quant import quantize_linears
-from minilora.running.settings import validate
+from minilora.running.settings import check_device, validate
 from minilora.tokenizer import Tokenizer
 from ranks import CPU, fit, launch, outcome
 from tiny_models import config_json, random_tokens, tiny
@@ -669,8 +670,6 @@ def test_older_torch_does_not_shard_a_quantised_base(monkeypatch, meta_model, bi
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"cpu_offload": True}, "parallel.cpu_offload moves parameters out of GPU memory, and there is no GPU"),
-    ({"cpu_offload": True, "strategy": "fsdp"}, "there is no GPU"),
     ({"shard_size": 2}, "parallel.shard_size goes with parallel.strategy='hsdp'"),
     ({"shard_size": 2, "strategy": "fsdp"}, "parallel.shard_size goes with"),
     ({"shard_size": 2, "strategy": "ddp"}, "parallel.shard_size goes with"),
@@ -686,6 +685,16 @@ def test_settings_that_cannot_be_are_refused(changes, message, monkeypatch):
         setattr(c.parallel, name, value)
     with pytest.raises(UserError, match=message):
         validate(c)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_offloading_needs_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    c = Config()
+    c.parallel.cpu_offload, c.parallel.strategy = True, "fsdp"
+    message = "parallel.cpu_offload moves parameters out of GPU memory, and there is no GPU"
+    with contextlib.nullcontext() if gpu else pytest.raises(UserError, match=message):
+        check_device(c)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "ddp"])

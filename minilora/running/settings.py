@@ -110,16 +110,11 @@ def validate(config: Config) -> None:
         (not 0 <= t.min_lr_ratio <= 1, "train.min_lr_ratio must be in [0, 1]"),
         (t.min_lr_ratio > 0 and t.lr_scheduler.startswith("constant"), "train.min_lr_ratio needs lr_scheduler cosine or linear"),
         (not 0 <= t.weight_decay < float("inf"), "train.weight_decay must not be negative"),
-        (config.parallel.cpu_offload and not torch.cuda.is_available(),
-         "parallel.cpu_offload moves parameters out of GPU memory, and there is no GPU here: leave it out"),
         (config.parallel.cpu_offload and config.parallel.strategy not in ("fsdp", "hsdp"),
          "parallel.cpu_offload needs parallel.strategy fsdp or hsdp"),
         ((config.parallel.shard_size is not None) != (config.parallel.strategy == "hsdp"),
          "parallel.shard_size goes with parallel.strategy='hsdp', which needs it"),
         (config.parallel.shard_size is not None and config.parallel.shard_size < 1, "parallel.shard_size must be at least 1"),
-        (t.optimizer.startswith("paged") and not torch.cuda.is_available(),
-         f"train.optimizer={t.optimizer!r} pages its states out of GPU memory, and there is no GPU here: "
-         f"use {t.optimizer.removeprefix('paged_')!r}"),
         (not t.max_grad_norm >= 0, "train.max_grad_norm must not be negative (0 turns clipping off)"),
         (min(t.logging_steps, e.eval_steps) < 1, "train.logging_steps and eval.eval_steps must be at least 1"),
         (t.save_steps is not None and t.save_steps < 1, "train.save_steps must be at least 1"),
@@ -140,6 +135,19 @@ def validate(config: Config) -> None:
     for name, value in leaves(config).items():
         if value not in NOT_YET.get(name, (value,)):
             raise UserError(f"{name} = {value!r} is not supported yet: use {NOT_YET[name][0]!r}")
+
+
+def check_device(config: Config) -> None:
+    """Refuse what needs a GPU where there is none, before the model is loaded. Raises UserError."""
+    if torch.cuda.is_available():
+        return
+    if (name := config.train.optimizer).startswith("paged"):
+        raise UserError(
+            f"train.optimizer={name!r} pages its states out of GPU memory, and there is no GPU here: "
+            f"use {name.removeprefix('paged_')!r}"
+        )
+    if config.parallel.cpu_offload:
+        raise UserError("parallel.cpu_offload moves parameters out of GPU memory, and there is no GPU here: leave it out")
 
 
 def run_main(main: typing.Callable[[], int | None]) -> typing.NoReturn:
