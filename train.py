@@ -41,8 +41,7 @@ EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which o
 def main(config: Config) -> int:
     """Run the configured training; returns the exit code."""
     out, train = Path(config.output_dir), config.train
-    if not config.preview:
-        check_device(config)
+    check_device(config)
     base = resolve(config.model.name, config.model.revision)
     tokenizer = Tokenizer(base, chat_template(config.data.chat_template))
     documents, chosen, eval_sets = load_data(config, tokenizer, base)

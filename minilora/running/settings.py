@@ -138,8 +138,8 @@ def validate(config: Config) -> None:
 
 
 def check_device(config: Config) -> None:
-    """Refuse what needs a GPU where there is none, before the model is loaded. Raises UserError."""
-    if torch.cuda.is_available():
+    """Refuse what needs a GPU where there is none, before anything is read; a preview needs none. Raises UserError."""
+    if config.preview or torch.cuda.is_available():
         return
     if (name := config.train.optimizer).startswith("paged"):
         raise UserError(
