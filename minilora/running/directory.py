@@ -131,7 +131,9 @@ def save(
 def _check_space(directory: Path) -> None:
     """Raises RunError, before anything is written, if the disk has less room than the last checkpoint took."""
     last = newest(directory.parent)
-    needed = sum(p.stat().st_size for p in last.rglob("*") if p.is_file()) if last else 0
+    if last is None:
+        return
+    needed = sum(p.stat().st_size for p in last.rglob("*") if p.is_file())
     if (free := shutil.disk_usage(directory.parent).free) < needed:
         raise RunError(
             f"{directory} could not be written (No space left: it needs {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f}); "
