@@ -24,7 +24,7 @@ from torch import Tensor
 from minilora.build import DTYPES, build_model, compute_dtype, quantized_layers, stored_bits
 from minilora.checkpoint import STATE, base_of, read_adapter, trained_over
 from minilora.config import LoraConfig, ModelConfig, UserError
-from minilora.dist import Whole
+from minilora.dist import WHOLE
 from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
 from minilora.model import CausalLM, DecoderConfig
 from minilora.running.directory import write_atomically
@@ -131,7 +131,7 @@ def merge(trained: Trained, checkpoint: Path, dtype: str, from_quantised: bool, 
         path = name.removesuffix(".weight")
         bar.update()
         if layer := quantized.pop(path, None):  # dropped afterwards: memory holds one of them
-            layer.fill(partial(read_named, files, path), torch.device("cpu"), trained.dtype, Whole())
+            layer.fill(partial(read_named, files, path), torch.device("cpu"), trained.dtype, WHOLE)
             tensor = layer.dequantize(torch.float32)
         else:
             tensor = read_tensor(files[name], name)

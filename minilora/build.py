@@ -46,6 +46,8 @@ def stored_bits(raw: dict, where: str) -> int:
     """16, or what bitsandbytes has quantised a checkpoint to. Raises UserError for a form that is not read."""
     quantization = raw.get("quantization_config") or {}
     if quantization.get("load_in_8bit"):
+        if (threshold := quantization.get("llm_int8_threshold", 6.0)) != 6.0:
+            raise UserError(f"{where}: quantization_config.llm_int8_threshold = {threshold!r} is not supported, only 6.0")
         return 8
     if quantization.get("load_in_4bit") and (kind := quantization.get("bnb_4bit_quant_type", "fp4")) != "nf4":
         raise UserError(f"{where}: quantization_config.bnb_4bit_quant_type = {kind!r} is not supported, only 'nf4'")

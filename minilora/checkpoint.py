@@ -25,6 +25,7 @@ SPREAD = "training_state"  # of a sharded run, a directory
 
 def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, config: Config) -> None:
     """adapter_model.safetensors and adapter_config.json as PEFT reads them; state: see `adapter_state`."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
     name = config.model.name
     if Path(name).expanduser().is_dir():
@@ -44,8 +45,7 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict]:
     for name in tensors:
         if ".lora_A." in name and name.replace(".lora_A.", ".lora_B.") not in tensors:
             raise UserError(f"{path}: {name} has no lora_B beside it")
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{path}: {bad[0]} is not finite")
     return from_peft_config(raw, list(tensors), str(directory / "adapter_config.json")), tensors, raw
 

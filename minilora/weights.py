@@ -130,9 +130,8 @@ def load_weights(
     wanted = {checkpoint_name(path): (path, p.shape) for path, p in base_parameters(model)}
     own = {f"{path}.{name}" for path, layer in quantized.items() for name in layer.holds}
     wanted = {name: target for name, target in wanted.items() if name not in own}
-    plain = {
-        f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in quantized.items() if not layer.is_stored
-    }
+    shapes = {name: tuple(shape) for name, (_, shape) in wanted.items()}
+    shapes |= {f"{path}.weight": (q.out_features, q.in_features) for path, q in quantized.items() if not q.is_stored}
     needed = wanted.keys() | {f"{path}.{name}" for path, layer in quantized.items() for name in layer.names}
     optional = () if "lm_head.weight" in wanted else ("lm_head.weight",)  # a tied model's second copy
     missing = sorted(needed - files.keys())
@@ -140,15 +139,14 @@ def load_weights(
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which config.json's architecture has no place"
         raise UserError(f"{directory}: the checkpoint {what} ({len(missing)} missing, {len(extra)} unexpected)")
-    for name, shape in [*((name, shape) for name, (_, shape) in wanted.items()), *plain.items()]:
-        with open_safetensors(files[name]) as file:
-            if name not in file.keys():
-                continue  # read_tensor says so
-            found, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
-        if tuple(found) != tuple(shape):
-            raise UserError(f"{files[name]}: {name} has shape {found}, config.json says {list(shape)}")
-        if kind not in ("F64", *DTYPE_CODES.values()):
-            raise UserError(f"{files[name]}: {name} holds {kind}: neither 16-bit weights nor a form of bitsandbytes'")
+    for file in sorted(set(files.values())):
+        with open_safetensors(file) as opened:
+            for name in sorted(shapes.keys() & opened.keys()):
+                entry = opened.get_slice(name)
+                if tuple(entry.get_shape()) != shapes[name]:
+                    raise UserError(f"{file}: {name} has shape {entry.get_shape()}, config.json says {list(shapes[name])}")
+                if entry.get_dtype() not in ("F64", *DTYPE_CODES.values()):
+                    raise UserError(f"{file}: {name} holds {entry.get_dtype()}: neither 16-bit weights nor bitsandbytes' form")
     for name, (path, _) in wanted.items():
         rows = read_tensor(files[name], name, place.rows(model.get_parameter(path)))
         assign(model, path, rows.to(device, dtype, copy=True), place)

@@ -27,7 +27,7 @@ from minilora.config import Config, RunError, UserError
 from minilora.quant import QuantizedLinear, bitsandbytes_adamw
 from minilora.tokenizer import TOKENIZER_FILES, Tokenizer
 from test_runs import ROOT, Crash, config_file, contents, crash_after, start, wait_for_step, weights
-from tiny_runs import base_model, config, losses, metrics
+from tiny_runs import base_model, config, losses, metrics, poison_loss
 
 # whole blocks of 64 in each row: where blocks cross rows, bitsandbytes 0.50 dequantises wrongly on a CPU, so that it and what
 # is built on it are no reference; tests/test_quant.py compares those shapes with the arithmetic written out
@@ -417,13 +417,7 @@ def test_a_run_in_16_bits_learns(tmp_path, base, dtype):
 
 def test_a_nan_over_4_bits_stops_the_run_and_is_never_saved(tmp_path, base, monkeypatch):
     c = qlora(tmp_path, base, model__dtype="bfloat16", train__save_steps=2, train__logging_steps=3)
-    real, calls = train.cross_entropy_sum, []
-
-    def poisoned(hidden, weight, labels):
-        calls.append(1)
-        return real(hidden, weight, labels) * (float("nan") if len(calls) == 6 else 1.0)
-
-    monkeypatch.setattr(train, "cross_entropy_sum", poisoned)
+    poison_loss(monkeypatch, 6)
     with pytest.raises(RunError, match=r"loss nan.*by step 6.*checkpoint-4"):
         train.main(c)
     saved = sorted(Path(c.output_dir).glob("checkpoint-*"))

@@ -479,6 +479,16 @@ def test_a_weight_quantised_in_another_shape_is_refused(nf4_single, tmp_path):
         build(directory, 4)
 
 
+def test_another_outlier_threshold_is_refused(int8, tmp_path):
+    """Its layers would compute something else than they were saved for."""
+    directory = copied(int8, tmp_path / "threshold")
+    raw = json.loads((directory / "config.json").read_text())
+    raw["quantization_config"]["llm_int8_threshold"] = 3.0
+    (directory / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"llm_int8_threshold = 3\.0"):
+        build(directory, 8)
+
+
 def test_a_quantised_head_is_refused(plain, tmp_path):
     directory = store_quantised(plain, tmp_path / "head", 4, llm_int8_skip_modules=["v_proj"])  # which drops the default
     with pytest.raises(UserError, match=r"lm_head\.weight"):

@@ -18,7 +18,7 @@ import train
 from minilora import dist
 from minilora.config import Config, RunError, UserError
 from minilora.tracking import Tracker
-from tiny_runs import base_model, config, losses, metrics
+from tiny_runs import base_model, config, losses, metrics, poison_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -355,13 +355,7 @@ def test_order_and_draws_differ_between_epochs_not_between_runs(tmp_path, base):
 
 def test_a_nan_stops_the_run_and_is_never_saved(tmp_path, base, monkeypatch):
     c = config(tmp_path, base, train__save_steps=2, train__logging_steps=3)
-    real, calls = train.cross_entropy_sum, []
-
-    def poisoned(hidden, weight, labels):
-        calls.append(1)
-        return real(hidden, weight, labels) * (float("nan") if len(calls) == 6 else 1.0)
-
-    monkeypatch.setattr(train, "cross_entropy_sum", poisoned)
+    poison_loss(monkeypatch, 6)
     with pytest.raises(RunError, match=r"loss nan.*by step 6.*checkpoint-4"):
         train.main(c)
     saved = list(Path(c.output_dir).glob("checkpoint-*/adapter_model.safetensors"))

@@ -4,7 +4,10 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 import tiny_tokenizers
+import train
 from minilora.config import Config
 from minilora.tokenizer import Tokenizer
 from tiny_models import tiny
@@ -50,6 +53,17 @@ def config(tmp_path: Path, base: Path, rows: int = 26, **overrides) -> Config:
         section, _, field = name.rpartition("__")
         setattr(getattr(config, section) if section else config, field, value)
     return config
+
+
+def poison_loss(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Make the call-th loss of a run NaN."""
+    real, calls = train.cross_entropy_sum, []
+
+    def poisoned(hidden, weight, labels):
+        calls.append(1)
+        return real(hidden, weight, labels) * (float("nan") if len(calls) == call else 1.0)
+
+    monkeypatch.setattr(train, "cross_entropy_sum", poisoned)
 
 
 def metrics(config: Config, key: str = "loss") -> list[dict]:

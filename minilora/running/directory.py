@@ -108,7 +108,7 @@ def save(
     def write(target: Path) -> None:
         if lora is None:
             save_weights(model, target, dtype, place)
-        adapter = {name: tensor.contiguous().cpu() for name, tensor in adapter_state(model, place).items()}
+        adapter = adapter_state(model, place)
         if place.count > 1:
             save_spread(target / SPREAD, tensors, dict(model.named_parameters()), place)
         if dist.rank() > 0:
