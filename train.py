@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from minilora import dist
 from minilora.build import Built, autocast_to, build_model
-from minilora.checkpoint import load_training_tensors, read_adapter, training_tensors
+from minilora.checkpoint import read_adapter
+from minilora.running.training_state import load_training_tensors, training_tensors
 from minilora.config import Config, TrainConfig, UserError
 from minilora.data import Documents, step_order
 from minilora.generate import generate_ids

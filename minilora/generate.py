@@ -1,175 +1,288 @@
-"""Text out: a key/value cache, sampling, and decoding of several prompts at a time.
+"""Text out: a key/value cache, sampling, and continuous batching.
 
-Shapes: S prompts decoded together (slots), T tokens, H query heads, K key/value heads, E head size, V vocabulary.
+Every pass forward gives each running answer its next token and takes in the prompts for which a slot has become free, so
+no answer waits for another to end and the weights are read once for all of them.
+
+Shapes: S slots in use, C their capacity, L the longest so far, T tokens of a pass, H query heads, K key/value heads,
+G = H / K, E head size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora import dist
 from minilora.config import UserError
 from minilora.model import CausalLM, DecoderConfig, PackedAttention
 from minilora.tokenizer import Tokenizer
 
+NUCLEUS = 256  # tokens among which top_p is looked for first: sorting a whole vocabulary takes longer than the model
+FEW_ROWS = 256
+
 
 class KVCache:
-    """Keys and values of the tokens so far, one slot a prompt, each with its own length."""
+    """Keys and values of the tokens so far [2, slots, K, C, E] a layer: one slot an answer, those in use first."""
 
-    def __init__(self, config: DecoderConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (slots, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+    def __init__(self, config: DecoderConfig, slots: int, dtype: torch.dtype, device: torch.device):
+        shape = (2, slots, config.num_key_value_heads, 0, config.head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.lengths: list[int] = []  # of the slots in use
+
+    def reserve(self, length: int) -> None:
+        """Room for `length` tokens a slot, and for half as many again, so that growing is rare."""
+        if length > (capacity := self.layers[0].shape[3]):
+            for i, old in enumerate(self.layers):
+                self.layers[i] = F.pad(old, (0, 0, 0, length + length // 2 - capacity))
+
+    def free(self, slot: int) -> None:
+        """Give up a slot; the last one in use takes its place."""
+        last = len(self.lengths) - 1
+        for kv in self.layers if slot < last else ():
+            kv[:, slot, :, : self.lengths[last]] = kv[:, last, :, : self.lengths[last]]
+        self.lengths[slot] = self.lengths[last]
+        self.lengths.pop()
 
 
-class Prefill(PackedAttention):
-    """Attention over the prompts, packed, that also fills the cache: prompt s goes to slot s."""
+class Step:
+    """Attention of one pass: a token for each running slot over its cache, then new prompts, packed, each into a new slot."""
 
-    def __init__(self, cache: KVCache, lengths: Sequence[int], device: torch.device):
-        super().__init__(lengths, device)
-        self.cache = cache
-        self.slots = torch.arange(len(self.lengths), device=device).repeat_interleave(torch.tensor(self.lengths, device=device))
-        cache.lengths = torch.tensor(self.lengths, device=device)
+    def __init__(self, cache: KVCache, prompts: Sequence[int], device: torch.device):
+        self.cache, self.running, self.longest = cache, len(cache.lengths), max(cache.lengths, default=-1) + 1
+        self.prompts = PackedAttention(prompts, device) if prompts else None
+        at = torch.tensor(cache.lengths, dtype=torch.int64)
+        slots = torch.arange(self.running + len(prompts))
+        sizes = torch.tensor([1] * self.running + list(prompts))
+        self.slots = slots.repeat_interleave(sizes).to(device, non_blocking=True)  # [T]
+        new = [torch.arange(length) for length in prompts]
+        self.positions = torch.cat([at, *new]).to(device, non_blocking=True)  # [T]: the tokens before each in its slot
+        self.age = (at[:, None] - torch.arange(self.longest)).to(device, non_blocking=True)  # [S, L]
+        self.ragged = len(set(cache.lengths)) > 1
+        cache.lengths += [0] * len(prompts)
+        cache.lengths = [length + int(n) for length, n in zip(cache.lengths, sizes, strict=True)]
+        cache.reserve(max(cache.lengths))
+        self.visible = functools.cache(self._visible)
+
+    def _visible(self, window: int | None) -> Tensor | None:
+        """Which cached tokens each running slot attends to [S, 1, 1, L]; None: all of them."""
+        if not self.ragged and (window is None or self.longest <= window):
+            return None
+        seen = self.age >= 0 if window is None else (self.age >= 0) & (self.age < window)
+        return seen[:, None, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        self.cache.keys[layer][self.slots, self.positions] = k
-        self.cache.values[layer][self.slots, self.positions] = v
-        return super().__call__(layer, q, k, v, window)
-
-
-class DecodeStep:
-    """Attention of one new token per slot over that slot's cache."""
-
-    def __init__(self, cache: KVCache):
-        self.cache = cache
-        self.positions = cache.lengths  # [S]: a token's position is the number of tokens before it
-        self.slots = torch.arange(len(self.positions), device=self.positions.device)
-        self.longest = int(self.positions.max()) + 1
-        age = self.positions[:, None] - torch.arange(self.longest, device=self.positions.device)  # [S, longest]
-        self.age = age[:, None, None, :]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots, self.positions] = k
-        values[self.slots, self.positions] = v
-        visible = self.age >= 0 if window is None else (self.age >= 0) & (self.age < window)
-        keys, values = (x[:, : self.longest].transpose(1, 2) for x in (keys, values))  # [S, K, longest, E]
-        query = q.unsqueeze(2)  # [S, H, E] -> [S, H, 1, E]
-        out = F.scaled_dot_product_attention(query, keys, values, visible, enable_gqa=q.shape[1] != k.shape[1])
-        return out.squeeze(2)  # [S, H, E]
+        n, cache = self.running, self.cache.layers[layer]
+        cache[0][self.slots, :, self.positions] = k
+        cache[1][self.slots, :, self.positions] = v
+        parts = []
+        if n:
+            keys, values = cache[:, :n, :, : self.longest]  # [S, K, L, E]
+            query = q[:n].unflatten(1, (k.shape[1], -1))  # [S, H, E] -> [S, K, G, E]: a group's heads are rows of one query
+            parts.append(F.scaled_dot_product_attention(query, keys, values, self.visible(window)).flatten(1, 2))
+        if self.prompts is not None:
+            parts.append(self.prompts(layer, q[n:], k[n:], v[n:], window))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]  # [T, H, E]
 
 
 @dataclass
 class Answer:
-    """One prompt's continuation while it grows."""
+    """One prompt's continuation while it grows. finish_reason: "stop" (an end token or stop string), "length", or None."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    finished: bool = False
+    finish_reason: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to an end of its own."""
+        return self.finish_reason == "stop"
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor, top_k: int = 0) -> Tensor:
     """Next token int64 [S] from logits [S, V]; draws fp32 [S], uniform in [0, 1), decide.
 
-    temperature 0 is greedy; top_p keeps the most probable tokens up to and including the one that reaches it.
+    temperature 0 is greedy. top_k keeps the k most probable tokens (0: all); top_p then keeps the most probable of them up
+    to and including the one that reaches it. Equals transformers' warpers in their order: temperature, top_k, top_p.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # [S, V]
-    before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities[before >= top_p] = 0
+        return logits.max(dim=-1).indices  # argmax, several times faster on a CPU
+    probabilities = (logits.float() / temperature).softmax(dim=-1)  # [S, V]
+    vocabulary = probabilities.shape[1]
+    head, order = probabilities.topk(min(top_k or NUCLEUS, vocabulary))
+    if top_k or vocabulary <= NUCLEUS:
+        return _draw(head / head.sum(-1, keepdim=True), order, top_p, draws)
+    chosen = _draw(head, order, top_p, draws)
+    beyond = head.sum(-1) <= (draws if top_p == 1.0 else top_p)  # the token drawn may be none of the head
+    for row in beyond.nonzero().flatten().tolist():  # one by one: no answer depends on its neighbours
+        whole, order = probabilities[row : row + 1].sort(descending=True)
+        chosen[row] = _draw(whole, order, top_p, draws[row : row + 1])[0]
+    return chosen
+
+
+def _draw(probabilities: Tensor, order: Tensor, top_p: float, draws: Tensor) -> Tensor:
+    """Inverse-transform sampling in the nucleus of the descending probabilities [S, n] of the tokens `order`."""
     cumulative = probabilities.cumsum(dim=-1)
-    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-    return order.gather(1, chosen.clamp_(max=order.shape[1] - 1)).squeeze(1)
+    if top_p < 1.0:
+        probabilities = probabilities.masked_fill(cumulative - probabilities >= top_p, 0)
+        cumulative = probabilities.cumsum(dim=-1)
+        draws = draws * cumulative[:, -1]
+    chosen = torch.searchsorted(cumulative, draws[:, None], right=True)
+    chosen = torch.minimum(chosen, (probabilities > 0).sum(-1, keepdim=True) - 1)  # rounding never leads beyond the last
+    return order.gather(1, chosen).squeeze(1)
+
+
+def penalise(logits: Tensor, seen: Iterable[Iterable[int]], penalty: float) -> None:
+    """Repetition penalty (CTRL, arXiv 1909.05858), in place: the logits of tokens seen so far lose, whatever their sign."""
+    for row, ids in zip(logits, seen, strict=True):
+        at = torch.tensor(sorted(set(ids)), device=logits.device)
+        row[at] = torch.where(row[at] > 0, row[at] / penalty, row[at] * penalty)
 
 
 @torch.no_grad()
-def generate_ids(
+def stream(
     model: CausalLM, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 0.0,
     top_p: float = 1.0, stop: Sequence[str] = (), stop_ids: Iterable[int] = (), seed: int = 0, indices: Sequence[int] = (),
-    batch_size: int = 16, autocast: torch.dtype | None = None, progress: Callable[[int], object] = lambda tokens: None,
-    together: bool = False,
-) -> list[Answer]:  # fmt: skip
-    """Continue each prompt (token ids) until EOS, a stop id, a stop string or max_new_tokens.
+    batch_size: int = 16, top_k: int = 0, repetition_penalty: float = 1.0, max_time: float | None = None,
+    autocast: torch.dtype | None = None, together: bool = False,
+) -> Iterator[tuple[int, Answer]]:  # fmt: skip
+    """Continue each prompt (token ids) until an end token, a stop string or max_new_tokens; yields (its place, its answer)
+    each time an answer has grown by a token. The text is there once `finish_reason` is.
 
-    A sample's randomness is a function of (seed, its index; default: its place), so it does not depend on the batch. The
-    answer ends before the stop string; end tokens are kept in `ids` and not in `text`. together: other processes hold parts
-    of the model and decode prompts of their own, so all take the same number of steps.
+    The longest prompts come first, batch_size at a time. A sample's randomness is a function of (seed, its index; default:
+    its place), so it does not depend on the batch. The text ends before the stop string; end tokens are kept in `ids` and
+    not in `text`. max_time: seconds after which no more passes begin. together: other processes hold parts of the model
+    and decode prompts of their own, so all take the same number of passes. Raises UserError for an empty prompt.
     """
     indices = indices or range(len(prompts))
     if empty := [i for i, prompt in zip(indices, prompts, strict=True) if not len(prompt)]:
         raise UserError(f"prompt {empty[0]} is empty: there is nothing to continue")
     device = dist.default_device() if together else model.head_weight.device  # shards may wait in host memory
-    was_training = model.training
-    model.eval()
-    ends = {i for i in (tokenizer.eos_id, *stop_ids) if i is not None}
+    end = _Ending(tokenizer, {i for i in (tokenizer.eos_id, *stop_ids) if i is not None}, stop, max_new_tokens)
     answers = [Answer() for _ in prompts]
     generators = [np.random.default_rng([seed, i]) for i in indices]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+    cache = KVCache(model.config, min(batch_size, max(1, len(prompts))), autocast or model.head_weight.dtype, device)
+    slots: list[int] = []  # the prompt of each slot in use
+    deadline, was_training = time.monotonic() + (max_time or float("inf")), model.training
+    model.eval()
+    try:
+        few_rows(model, True)
+        while True:
+            working = bool(waiting or slots) and time.monotonic() < deadline
+            if not (working if not together else not dist.everyone(not working, device)):
+                break
+            room = (batch_size - len(slots)) * working
+            new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+            ids = [answers[i].ids[-1] for i in slots] + [token for i in new for token in prompts[i]]
+            slots += new
+            tokens = torch.tensor(ids or [0], device=device)  # a stand-in, while others have prompts left
+            attend = Step(cache, [len(prompts[i]) for i in new], device) if ids else PackedAttention([1], device)
+            last = torch.tensor([1] * (len(slots) - len(new)) + [len(prompts[i]) for i in new], device=device).cumsum(0) - 1
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                logits = model(tokens, apply=partial(_logits_at, last if new else None), attend=attend)
+            if repetition_penalty != 1.0:
+                penalise(logits, ([*prompts[i], *answers[i].ids] for i in slots), repetition_penalty)
+            draws = torch.tensor([generators[i].random(dtype=np.float32) for i in slots] or [0.0], device=device)
+            grown = list(zip(slots, sample(logits, temperature, top_p, draws, top_k).tolist(), strict=False))
+            for i, token in grown:
+                answers[i].ids.append(token)
+                answers[i].finish_reason = end.reason(answers[i], prompts[i])
+            for slot in reversed(range(len(slots))):
+                if answers[slots[slot]].finish_reason:
+                    cache.free(slot)
+                    slots[slot] = slots[-1]
+                    slots.pop()
+            yield from ((i, answers[i]) for i, _ in grown)
+    finally:
+        few_rows(model, False)
+        model.train(was_training)
 
-    def all_of_us(flag: bool) -> bool:
-        return dist.everyone(flag, device) if together else flag
 
-    start = 0
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        while not all_of_us(start >= len(prompts)):
-            batch = by_length[start : start + batch_size]
-            start += batch_size
-            ids = [prompts[i] for i in batch] or [[0]]  # a stand-in, while others have prompts left
-            lengths = [len(x) for x in ids]
-            cache = KVCache(model.config, len(ids), max(lengths) + max_new_tokens, autocast or model.head_weight.dtype, device)
-            tokens = torch.tensor([t for x in ids for t in x], device=device)
-            last = torch.tensor(lengths, device=device).cumsum(0) - 1  # the last token of each prompt
-            logits = model(tokens, apply=partial(_logits_at, last), attend=Prefill(cache, lengths, device))
-            for new in range(1, max_new_tokens + 1):
-                uniform = [generators[i].random(dtype=np.float32) for i in batch] or [0.0]
-                draws = torch.tensor(uniform, dtype=torch.float32, device=device)
-                tokens = sample(logits, temperature, top_p, draws)
-                for i, token in zip(batch, tokens.tolist(), strict=False):  # a stand-in has no answer
-                    if not answers[i].finished:
-                        _extend(answers[i], token, prompts[i], tokenizer, ends, stop)
-                progress(sum(not answers[i].finished for i in batch))
-                if new == max_new_tokens or all_of_us(all(answers[i].finished for i in batch)):
-                    break
-                logits = model(tokens, attend=DecodeStep(cache))
-                cache.lengths = cache.lengths + 1
-    for i, answer in enumerate(answers):
-        answer.text = _text(answer, prompts[i], tokenizer, ends, stop)
-    model.train(was_training)
-    return answers
+def _logits_at(rows: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
+    return _linear(hidden if rows is None else hidden[rows], weight)
 
 
-def _logits_at(rows: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(hidden[rows], weight)
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times the transposed weight [out, in]. On a CPU in 16 bits, few rows are multiplied from the other side, and
+    one row as two: for these shapes oneDNN then reads the weight up to twice as fast."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not 0 < len(x) <= FEW_ROWS:
+        return F.linear(x, weight)
+    return (weight @ (x if len(x) > 1 else x.expand(2, -1)).t())[:, : len(x)].t()
 
 
-def _extend(answer: Answer, token: int, prompt: Sequence[int], tokenizer: Tokenizer, ends: set[int], stop: Sequence[str]) -> None:
-    answer.ids.append(token)
-    answer.finished = token in ends
-    if stop and not answer.finished:  # only the tail can hold a stop string that was not there before
-        tail = answer.ids[-(max(len(s.encode()) for s in stop) + 8) :]
+def few_rows(model: nn.Module, on: bool) -> None:
+    """Let the model's plain linear layers multiply as `_linear` does, or no longer."""
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        out = _linear(x, layer.weight)
+        return out if layer.bias is None else out + layer.bias
+
+    for layer in model.modules():
+        if type(layer) is nn.Linear and on:
+            layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+        elif type(layer) is nn.Linear:
+            del layer.forward
+
+
+class _Ending:
+    """When answers end, and their text then."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: set[int], stop: Sequence[str], max_new_tokens: int):
+        self.tokenizer, self.ends, self.stop, self.max_new_tokens = tokenizer, ends, stop, max_new_tokens
+        self.window = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that can hold a stop string
+        self.may_stop: dict[int, bool] = {}
+
+    def reason(self, answer: Answer, prompt: Sequence[int]) -> str | None:
+        """Why the answer ends with its last token; sets its text if it does."""
+        token = answer.ids[-1]
+        stopped = token in self.ends or (self._may_stop(token, prompt) and self._stops(answer, prompt))
+        reason = "stop" if stopped else "length" if len(answer.ids) >= self.max_new_tokens else None
+        if reason:
+            text = self.tokenizer.decode_after(prompt, answer.ids[:-1] if token in self.ends else answer.ids)
+            answer.text = text[: min((text.find(s) for s in self.stop if s in text), default=len(text))]
+        return reason
+
+    def _may_stop(self, token: int, prompt: Sequence[int]) -> bool:
+        """Whether a stop string can end in this token: it has the string's last character, or an unfinished one."""
+        if not self.stop:
+            return False
+        if token not in self.may_stop:
+            text = self.tokenizer.decode_after(prompt, [token])
+            self.may_stop[token] = not text or "\ufffd" in text or any(s[-1] in text for s in self.stop)
+        return self.may_stop[token]
+
+    def _stops(self, answer: Answer, prompt: Sequence[int]) -> bool:
+        tail = answer.ids[-self.window :]  # only the tail can hold a stop string that was not there before
         before = [*prompt, *answer.ids][: -len(tail)]
-        answer.finished = any(s in tokenizer.decode_after(before, tail) for s in stop)
+        return any(s in self.tokenizer.decode_after(before, tail) for s in self.stop)
 
 
-def _text(answer: Answer, prompt: Sequence[int], tokenizer: Tokenizer, ends: set[int], stop: Sequence[str]) -> str:
-    ids = answer.ids[:-1] if answer.ids and answer.ids[-1] in ends else answer.ids
-    text = tokenizer.decode_after(prompt, ids)
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+def generate_ids(
+    model: CausalLM, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 0.0,
+    top_p: float = 1.0, progress: Callable[[int], object] = lambda tokens: None, **settings,
+) -> list[Answer]:  # fmt: skip
+    """All answers of `stream`, in the prompts' order; progress is told of each new token."""
+    answers = [Answer() for _ in prompts]
+    for i, answer in stream(model, prompts, tokenizer, max_new_tokens, temperature, top_p, **settings):
+        answers[i] = answer
+        progress(1)
+    return answers
 
 
 def generate(
     model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 256, temperature: float = 0.0,
-    top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
+    top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0, **settings,
 ) -> list[str]:  # fmt: skip
     """Continue each prompt; returns the new text alone. Prompts are plain text with the chat form, if any, already in it
-    (`tokenizer.render`); they get exactly one BOS. temperature 0 is greedy."""
+    (`tokenizer.render`); they get exactly one BOS. temperature 0 is greedy. settings: see `stream`."""
+    stop = (stop,) if isinstance(stop, str) else stop
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-    answers = generate_ids(model, ids, tokenizer, max_new_tokens, temperature, top_p, stop, tokenizer.stop_ids(), seed)
-    return [answer.text for answer in answers]
+    settings = {"stop": stop, "stop_ids": tokenizer.stop_ids(), "seed": seed, **settings}
+    return [answer.text for answer in generate_ids(model, ids, tokenizer, max_new_tokens, temperature, top_p, **settings)]

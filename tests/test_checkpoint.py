@@ -25,7 +25,8 @@ import minilora
 import tiny_tokenizers
 import train
 from minilora.build import build_model
-from minilora.checkpoint import TENSORS, load_training_tensors, read_adapter, training_tensors
+from minilora.checkpoint import read_adapter
+from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, RunError, TrainConfig, UserError
 from minilora.running.directory import (
     TrainerState,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import merge
 import minilora
 import train
-from minilora.checkpoint import TENSORS, load_training_tensors, training_tensors
+from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
 from minilora.config import Config, RunError, UserError
 from minilora.quant import QuantizedLinear, bitsandbytes_adamw
 from minilora.tokenizer import TOKENIZER_FILES, Tokenizer

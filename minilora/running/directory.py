@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora import dist
-from minilora.checkpoint import SPREAD, STATE, TENSORS, save_adapter, save_spread
+from minilora.checkpoint import STATE, save_adapter
+from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.config import Config, LoraConfig, RunError, UserError, leaves
 from minilora.dist import WHOLE, Whole
 from minilora.lora import adapter_state
