@@ -1,32 +1,52 @@
-"""Ask a model: python infer.py MODEL --prompt TEXT, or --input F.jsonl --output G.jsonl.
+"""Ask a model: python infer.py MODEL --prompt TEXT, or --input F.jsonl --output G.jsonl, or with neither, chat with it.
 
 MODEL is a hub id, a directory in HF layout, or one of our checkpoints, whose base is found by itself. Rows of a file are
-put to the model in the very form it was trained with, if it comes from a run of ours.
+put to the model in the very form it was trained with, if it comes from a run of ours. A stopped job goes on with the same
+command; under torchrun each process answers its share. --metrics and --judge then say what the answers are worth.
 """
 
 import dataclasses
+import datetime
 import json
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tqdm
 import tyro
 
 import minilora
+from minilora import dist
 from minilora.checkpoint import STATE
 from minilora.config import DataConfig, UserError
-from minilora.generate import generate_ids
-from minilora.running.examples import RowError, article, fill_template, parse, string_of, turns_of
+from minilora.evaluation import graph, judge, metrics
+from minilora.evaluation.loss import loss_and_ppl, loss_sums
+from minilora.generate import stream
+from minilora.lora import fold
+from minilora.model import CausalLM
+from minilora.running.examples import RowError, ask, question, reference
+from minilora.running.jobs import Job, Key, read_rows
+from minilora.running.reading import tokenise_file
 from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json
 
+DEFAULTS = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "stop": ()}
+PATHS_DEFAULTS = {"max_new_tokens": 1024, "temperature": 0.1, "top_p": 0.9, "stop": ("\n\n",)}  # OLLM's (arXiv 2410.23584)
+# what decides an answer; another batch size does not
+DECIDES = (
+    "model", "adapter", "revision", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop",
+    "num_samples", "seed", "raw", "dtype", "bits", "fold",
+)  # fmt: skip
+
 
 @dataclass
 class Args:
-    """Generate text with a model, for one prompt or for the rows of a file."""
+    """Generate text with a model: for one prompt, for the rows of a file, or in a chat."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Hub id, directory in HF layout, or a checkpoint of ours."""
@@ -37,19 +57,25 @@ class Args:
     input: str | None = None
     """JSONL with the columns of the training format, or {"prompt": ...}."""
     output: str | None = None
-    """JSONL to write: each input row with "id" and "generated" added."""
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus sampling."""
-    stop: tuple[str, ...] = ()
-    """Answers end before any of these strings."""
+    """JSONL to write: each input row with "id" and "generated" added. Rows that it has already are not asked again."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens (default 256; 1024 for a model trained on category paths)."""
+    temperature: float | None = None
+    """0 is greedy (default 0; 0.1 for paths)."""
+    top_p: float | None = None
+    """Nucleus sampling: the smallest set of tokens with this much probability (default 1, all; 0.9 for paths)."""
+    top_k: int = 0
+    """Sample from the k most probable tokens only; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens seen in the prompt or answer become less likely (CTRL, arXiv 1909.05858)."""
+    stop: tuple[str, ...] | None = None
+    """Answers end before any of these strings (default none; an empty line for paths)."""
+    max_time: float | None = None
+    """Stop after so many seconds; the same command goes on later."""
     num_samples: int = 1
     """Answers per prompt."""
     batch_size: int = 16
-    """Prompts decoded together."""
+    """Answers decoded together; no answer depends on it."""
     seed: int = 0
     """Each sample's randomness is a function of the seed and its number."""
     raw: bool = False
@@ -58,42 +84,59 @@ class Args:
     """Compute dtype."""
     bits: Literal[16, 8, 4] | None = None
     """Width of the linear layers' weights; default: as the adapter was trained over, or as the model is stored."""
+    fold: bool = True
+    """Fold the adapter into 16-bit weights first, as merge.py does: faster. --no-fold keeps it beside them, as in training."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    metrics: tuple[str, ...] = ()
+    """Compare the answers with the rows' own: loss ppl exact_match bleu chrf rouge meteor edit_distance numeric graph. Printed
+    and written to metrics.json beside the output; graph also writes the answers' paths to graph.json."""
+    prune_on: str | None = None
+    """With --metrics graph: answers to an evaluation set (an earlier --output). The pruning thresholds (OLLM's) with the best
+    edge F1 there are applied here."""
+    judge: str | None = None
+    """URL of an OpenAI-compatible endpoint that scores each answer; its key is read from the environment, OPENAI_API_KEY."""
+    judge_model: str = ""
+    """Name of the judge's model."""
+    rubric: str | None = None
+    """JSON with the criteria: see examples/rubric.json."""
+    judge_requests: int = 8
+    """Requests to the judge at once."""
 
 
 def main(args: Args) -> int:
     check(args)
-    rows = [(1, {"prompt": args.prompt})] if args.prompt is not None else read_rows(args.input or "")
-    model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, args.bits, revision=args.revision)
-    data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
-    prompts = []
+    rubric = judge.check(args.judge, args.judge_model, args.rubric or "") if args.judge else None
+    if args.input is None:
+        return ask_once(args, args.prompt) if args.prompt is not None else chat(args)
+    rows = numbered(args.input)
+    keys: list[Key] = [(row["id"], sample) for _, row in rows for sample in range(args.num_samples)]
+    dist.init(dist.default_device(), timeout=datetime.timedelta(days=7))  # shares take their own time
+    job = Job(args.output or "", settings_of(args), keys)
     for number, row in rows:
-        try:
-            prompts += [tokenizer.encode(ask(row, data, tokenizer)).ids] * args.num_samples
-        except RowError as error:
-            raise UserError(f"{args.input}:{number}: {error}") from error
-    with tqdm.tqdm(desc="generating", unit=" tokens", disable=args.prompt is not None) as bar:
-        answers = generate_ids(
-            model, prompts, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.stop, tokenizer.stop_ids(),
-            args.seed, batch_size=args.batch_size, progress=bar.update,
-        )  # fmt: skip
-    texts = [answer.text for answer in answers]
-    if args.prompt is not None:
-        print("\n---\n".join(texts))
-        return 0
-    with open(args.output or "", "w", encoding="utf-8") as file:
-        for i, text in enumerate(texts):
-            _, row = rows[i // args.num_samples]
-            sample = {"sample": i % args.num_samples} if args.num_samples > 1 else {}
-            file.write(json.dumps({"id": i // args.num_samples, **row, **sample, "generated": text}, ensure_ascii=False) + "\n")
-    print(f"{len(texts)} answers: {args.output}", file=sys.stderr)
+        answered = job.done.get((row["id"], 0), row)
+        if changed := [name for name in row if answered.get(name) != row[name]]:
+            raise UserError(f"{args.input}:{number}: {changed[0]} changed since {args.output} was begun: name another --output")
+    loaded = None
+    todo = [i for i, key in enumerate(keys) if key not in job.done]
+    if todo:
+        dist.log(f"{len(keys) - len(todo)} of {len(keys)} answers are there already" if len(todo) < len(keys) else "")
+        loaded = load(args)
+        stopped = answer_rows(args, rows, todo, job, *loaded)
+        if stopped:
+            print(f"stopped: {args.output} keeps what is answered; the same command goes on", file=sys.stderr)
+            return 130
+    answers = job.finish()
+    dist.log(f"{len(answers)} of {len(keys)} answers: {args.output}" + "; the same command goes on" * (len(answers) < len(keys)))
+    dist.finish()
+    if dist.rank() == 0 and answers and (args.metrics or rubric):
+        evaluate(args, answers, loaded, rubric)
     return 0
 
 
 def check(args: Args) -> None:
     """Refuse what contradicts itself, before the model is loaded."""
-    if (args.prompt is None) == (args.input is None):
+    if args.prompt is not None and args.input is not None:
         raise UserError("give either --prompt TEXT or --input FILE.jsonl --output FILE.jsonl")
     if (args.input is None) != (args.output is None):
         raise UserError("--input and --output go together")
@@ -101,32 +144,179 @@ def check(args: Args) -> None:
         raise UserError(f"--output: the directory of {args.output!r} does not exist")
     if args.output is not None and Path(args.output).is_dir():
         raise UserError(f"--output: {args.output!r} is a directory; name a file in it")
-    if "" in args.stop:
-        raise UserError("--stop: an empty string would end every answer at once")
     if args.input is not None and not Path(args.input).is_file():
         raise UserError(f"--input: {args.input!r} does not exist")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or min(args.max_new_tokens, args.num_samples, args.batch_size) < 1:
-        raise UserError("temperature must be >= 0, top_p in (0, 1], max_new_tokens, num_samples and batch_size at least 1")
+    if args.input is not None and Path(args.input).resolve() == Path(args.output or "").resolve():
+        raise UserError("--output: is the same file as --input")
+    if "" in (args.stop or ()):
+        raise UserError("--stop: an empty string would end every answer at once")
+    if (args.temperature or 0) < 0 or not 0 < (1 if args.top_p is None else args.top_p) <= 1 or args.top_k < 0:
+        raise UserError("temperature and top_k must be >= 0, top_p in (0, 1]")
+    least = min(1 if args.max_new_tokens is None else args.max_new_tokens, args.num_samples, args.batch_size, args.judge_requests)
+    if least < 1 or args.repetition_penalty <= 0 or (args.max_time or 1) <= 0:
+        raise UserError("max_new_tokens, num_samples, batch_size and judge_requests must be at least 1, "
+                        "repetition_penalty and max_time above 0")  # fmt: skip
+    if args.input is None and (args.metrics or args.judge):
+        raise UserError("--metrics and --judge need --input and --output")
+    if args.judge is None and (args.judge_model or args.rubric):
+        raise UserError("--judge_model and --rubric need --judge URL")
+    if args.judge is not None and not args.rubric:
+        raise UserError("--judge needs --rubric FILE: see examples/rubric.json")
+    metrics.check(args.metrics, "--metrics")
+    if args.prune_on is not None and ("graph" not in args.metrics or not Path(args.prune_on).is_file()):
+        raise UserError(f"--prune_on {args.prune_on!r}: needs --metrics graph, and must be a file")
 
 
-def read_rows(path: str) -> list[tuple[int, dict]]:
-    """(line number, row) of every line that is not blank."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file.read().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse(line)
-            except RowError as error:
-                raise UserError(f"{path}:{number}: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-            rows.append((number, row))
+def numbered(path: str) -> list[tuple[int, dict]]:
+    """(line number, row) of a file; a row without an id gets its place. Raises UserError for an id that comes twice."""
+    rows = [(number, {"id": i, **row}) for i, (number, row) in enumerate(read_rows(path))]
+    first: dict = {}
+    for number, row in rows:
+        if not isinstance(row["id"], str | int) or row["id"] in first:
+            why = f"also in line {first[row['id']]}" if isinstance(row["id"], str | int) else "neither text nor integer"
+            raise UserError(f'{path}:{number}: "id": {row["id"]!r} is {why}: answers could not be told apart')
+        first[row["id"]] = number
     return rows
 
 
-def training_format(args: Args, tokenizer: Tokenizer) -> DataConfig:
+def settings_of(args: Args) -> dict:
+    """What the answers are a function of, beside the rows: the settings, and when the model's files were last written."""
+    files = [f for name in (args.model, args.adapter) if name for f in Path(name).glob("*.safetensors")]
+    return {name: getattr(args, name) for name in DECIDES} | {"written": max((f.stat().st_mtime_ns for f in files), default=0)}
+
+
+def load(args: Args) -> tuple[CausalLM, Tokenizer, DataConfig]:
+    """The model, its tokenizer, and the form of its training; sampling defaults are filled in."""
+    model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, args.bits, revision=args.revision)
+    if args.fold and args.bits in (16, None):
+        fold(model)
+    data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
+    for name, value in (PATHS_DEFAULTS if data.format == "paths" else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return model, tokenizer, data
+
+
+def answers_to(args: Args, model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], indices: Sequence[int]):
+    """`stream` with the settings of args."""
+    return stream(
+        model, prompts, tokenizer, args.max_new_tokens or 0, args.temperature or 0.0, args.top_p or 1.0, args.stop or (),
+        tokenizer.stop_ids(), args.seed, indices, args.batch_size, args.top_k, args.repetition_penalty, args.max_time,
+    )  # fmt: skip
+
+
+def answer_rows(
+    args: Args, rows: list[tuple[int, dict]], todo: list[int], job: Job, model: CausalLM, tokenizer: Tokenizer, data: DataConfig
+) -> bool:  # fmt: skip
+    """Answer this process's share of `todo` (numbers of samples), each written as it ends. Returns whether Ctrl-C stopped it."""
+    prompts = []
+    for number, row in rows:
+        try:
+            prompts.append(tokenizer.encode(ask(row, data, tokenizer)).ids)
+        except RowError as error:
+            raise UserError(f"{args.input}:{number}: {error}") from error
+    longest_first = sorted(todo, key=lambda i: -len(prompts[i // args.num_samples]))
+    mine = longest_first[dist.rank() :: dist.world_size()]
+    tokens, cut, began = 0, 0, time.monotonic()
+    with tqdm.tqdm(total=len(mine), desc="answering", unit=" rows", disable=dist.rank() > 0) as bar:
+        try:
+            for at, answer in answers_to(args, model, tokenizer, [prompts[i // args.num_samples] for i in mine], mine):
+                tokens += 1
+                if answer.finish_reason is None:
+                    continue
+                cut += answer.finish_reason == "length"
+                place, sample = divmod(mine[at], args.num_samples)
+                row = {**rows[place][1], **({"sample": sample} if args.num_samples > 1 else {}), "generated": answer.text}
+                job.add(row)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            return True
+    if cut:
+        dist.log(f"{cut} answers were cut off at {args.max_new_tokens} tokens (--max_new_tokens)")
+    return False
+
+
+def ask_once(args: Args, prompt: str) -> int:
+    model, tokenizer, data = load(args)
+    ids = tokenizer.encode(ask({"prompt": prompt}, data, tokenizer)).ids
+    answers = dict(answers_to(args, model, tokenizer, [ids] * args.num_samples, range(args.num_samples)))
+    print("\n---\n".join(a.text if a.finish_reason else tokenizer.decode_after(ids, a.ids) for _, a in sorted(answers.items())))
+    return 0
+
+
+def chat(args: Args) -> int:
+    """Read a line, stream the answer, and so on; the conversation so far is part of each question."""
+    model, tokenizer, data = load(args)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - line editing and history for input()
+
+        print("Ctrl-C cuts an answer off; /new begins a new conversation; Ctrl-D ends", file=sys.stderr)
+    turns: list[dict] = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        if not line.strip() or line.strip() == "/new":
+            turns = [] if line.strip() else turns
+            continue
+        turns.append({"role": "user", "content": line})
+        prompt = tokenizer.render(turns, add_generation_prompt=True) if data.chat else line
+        ids, shown = tokenizer.encode(prompt).ids, ""
+        held = max(map(len, args.stop or ()), default=1) - 1  # these last characters may begin a stop string
+        try:
+            for _, answer in answers_to(args, model, tokenizer, [ids], [len(turns)]):
+                text = answer.text if answer.finish_reason else tokenizer.decode_after(ids, answer.ids)
+                safe = len(text) if answer.finish_reason else len(text.rstrip("\ufffd")) - held
+                print(text[len(shown) : safe], end="", flush=True)
+                shown = text[: max(safe, len(shown))]
+        except KeyboardInterrupt:
+            pass
+        print()
+        turns.append({"role": "assistant", "content": shown})
+
+
+def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict | None) -> None:
+    """Metrics and verdicts of the answers: printed, and written beside them."""
+    out = Path(args.output or "")
+    data = loaded[2] if loaded else training_format(args, None)
+    if args.metrics:
+        try:
+            texts, references = [row["generated"] for row in answers], [reference(row, data) for row in answers]
+        except RowError as error:
+            raise UserError(f"--metrics needs what each answer should be: {args.input}: {error}") from error
+        figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
+        if {"loss", "ppl"} & set(args.metrics):
+            model, tokenizer, data = loaded or load(args)
+            documents = tokenise_file(args.input or "", data, tokenizer)
+            dist.log(documents.counts.table())
+            starts = range(0, len(documents), args.batch_size)
+            order = np.argsort(documents.lengths, kind="stable")
+            sums = loss_sums(model, documents, [order[s : s + args.batch_size] for s in starts], model.head_weight.device)
+            figures |= {k: v for k, v in loss_and_ppl(sums).items() if k in args.metrics}
+        if "graph" in args.metrics:
+            thresholds = None
+            if args.prune_on:
+                tuning = [row for _, row in read_rows(args.prune_on)]
+                made, wanted = (graph.build(t) for t in ([r["generated"] for r in tuning], [reference(r, data) for r in tuning]))
+                thresholds, best = graph.search(made, wanted)
+                dist.log(f"pruning: {thresholds}, edge F1 {best:.4f} on {args.prune_on}")
+            found, paths = graph.score(texts, references, thresholds)
+            figures |= {f"graph/{k}": v for k, v in found.items()}
+            graph.write(paths, out.with_name("graph.json"))
+        print(metrics.table(figures))
+        out.with_name("metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if rubric is not None:
+        verdicts = out.with_name(out.stem + ".judge.jsonl")
+        summary = judge.judge(
+            out, verdicts, args.judge or "", args.judge_model, rubric, lambda row: question(row, data), args.judge_requests
+        )
+        print(summary.table())
+        out.with_name(out.stem + ".judge.json").write_text(json.dumps(summary._asdict(), indent=2) + "\n", encoding="utf-8")
+
+
+def training_format(args: Args, tokenizer: Tokenizer | None) -> DataConfig:
     """The data settings of the run that made the model or adapter; else prompts, in the model's chat form if it has one."""
     for directory in filter(None, (args.adapter, args.model)):
         for name, path in ((STATE, ("config", "data")), ("minilora.json", ("data",))):
@@ -136,29 +326,7 @@ def training_format(args: Args, tokenizer: Tokenizer) -> DataConfig:
                     values = values[key]
                 known = {f.name for f in dataclasses.fields(DataConfig)}
                 return DataConfig(**{k: v for k, v in values.items() if k in known})
-    return DataConfig(format="prompt", chat=tokenizer.has_template)
-
-
-def ask(row: dict, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """The text that asks a model for a row's response, in the form `build` trains it in. A row with only a "prompt" is
-    a user's turn whatever the format (format text: plain text). Raises RowError naming the field."""
-    if data.format == "messages" and "prompt" not in row:
-        turns = turns_of(row)
-        return tokenizer.render(turns[:-1] if turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
-    if data.format == "text":
-        text = string_of(row, "prompt" if "prompt" in row else "text")
-        head, marker, _ = text.rpartition(data.response_marker or "\0")
-        return head + marker if marker else text
-    if data.format == "paths" and "title" in row:
-        prompt = article(row) if data.chat else article(row) + "\n"
-    else:
-        try:
-            prompt = fill_template(data.prompt_template, row) if data.format == "prompt" else string_of(row, "prompt")
-        except RowError:
-            if row.keys() != {"prompt"}:
-                raise
-            prompt = string_of(row, "prompt")
-    return tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True) if data.chat else prompt
+    return DataConfig(format="prompt", chat=tokenizer is not None and tokenizer.has_template)
 
 
 if __name__ == "__main__":

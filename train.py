@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from minilora import dist
 from minilora.build import Built, autocast_to, build_model
 from minilora.checkpoint import read_adapter
-from minilora.running.training_state import load_training_tensors, training_tensors
 from minilora.config import Config, TrainConfig, UserError
 from minilora.data import Documents, step_order
 from minilora.generate import generate_ids
@@ -29,6 +28,7 @@ from minilora.model import Apply
 from minilora.running.cache import load_documents
 from minilora.running.directory import TrainerState, find_checkpoint, prune, save, set_aside, start_directory
 from minilora.running.settings import check_device, load_config, run_main
+from minilora.running.training_state import load_training_tensors, training_tensors
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview

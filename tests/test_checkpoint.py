@@ -26,7 +26,6 @@ import tiny_tokenizers
 import train
 from minilora.build import build_model
 from minilora.checkpoint import read_adapter
-from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, RunError, TrainConfig, UserError
 from minilora.running.directory import (
     TrainerState,
@@ -41,6 +40,7 @@ from minilora.running.directory import (
     step_checkpoints,
     write_atomically,
 )
+from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
 from minilora.tokenizer import Tokenizer
 from tiny_models import random_tokens, tiny
 

@@ -3,6 +3,7 @@ prompt the model was trained with, in each format; and what it refuses."""
 
 import copy
 import functools
+import itertools
 import json
 import re
 import runpy
@@ -27,6 +28,7 @@ from tiny_models import tiny
 ROOT = Path(__file__).resolve().parent.parent
 NEW_TOKENS = 12
 TEXT = "Art in 서울?"
+COUNT = itertools.count()  # an output is never another job's
 
 
 def base_of(name: str, directory: Path) -> Path:
@@ -66,8 +68,8 @@ def trained(base: str | Path, out: Path, data: DataConfig, rows: list[dict]) -> 
 
 def ask(model: Path, rows: list[dict], tmp_path: Path, **options) -> list[dict]:
     """The rows that infer.py writes for these."""
-    source, target = write_rows(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
-    options = {"max_new_tokens": NEW_TOKENS, **options}
+    source, target = write_rows(tmp_path / "questions.jsonl", rows), tmp_path / f"answers{next(COUNT)}.jsonl"
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "stop": (), **options}
     assert infer.main(infer.Args(str(model), input=str(source), output=str(target), **options)) == 0
     return read_rows(target)
 
@@ -161,7 +163,7 @@ def test_a_prompt_is_a_turn_or_a_text(name: str, base: Path, tmp_path: Path, cap
     plain = not data.chat or data.format == "text"
     expected = answer(checkpoint, TEXT if plain else user(TEXT))
     capsys.readouterr()
-    assert infer.main(infer.Args(str(checkpoint), prompt=TEXT, max_new_tokens=NEW_TOKENS)) == 0
+    assert infer.main(infer.Args(str(checkpoint), prompt=TEXT, max_new_tokens=NEW_TOKENS, temperature=0.0, stop=())) == 0
     assert capsys.readouterr().out == expected + "\n"
     assert [row["generated"] for row in ask(checkpoint, [{"prompt": TEXT}], tmp_path)] == [expected]
 
@@ -267,15 +269,16 @@ def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_malformed_rows_are_named(case: str, checkpoints: dict[str, Path], tmp_path: Path):
     name, line, message = MALFORMED[case]
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    good = json.dumps(FORMATS[name][1][0])
-    source.write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8", errors="surrogateescape")
+    first, third = (json.dumps({**FORMATS[name][1][0], "id": i}) for i in (1, 3))
+    source.write_text(f"{first}\n{line}\n{third}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         infer.main(infer.Args(str(checkpoints[name]), input=str(source), output=str(target)))
     assert not target.exists()
 
 
 BAD_ARGS: dict[str, tuple[list[str], str]] = {
-    "nothing asked": ([], "--prompt"),
+    "metrics of nothing": (["--prompt", "x", "--metrics", "bleu"], "--input"),
+    "a misspelt metric": (["--input", "rows.jsonl", "--output", "out.jsonl", "--metrics", "blue"], "bleu"),
     "both": (["--prompt", "x", "--input", "rows.jsonl", "--output", "out.jsonl"], "--prompt"),
     "no output": (["--input", "rows.jsonl"], "--output"),
     "output alone": (["--prompt", "x", "--output", "out.jsonl"], "--output"),

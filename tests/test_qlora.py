@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import merge
 import minilora
 import train
-from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
 from minilora.config import Config, RunError, UserError
 from minilora.quant import QuantizedLinear, bitsandbytes_adamw
+from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
 from minilora.tokenizer import TOKENIZER_FILES, Tokenizer
 from test_runs import ROOT, Crash, config_file, contents, crash_after, start, wait_for_step, weights
 from tiny_runs import base_model, config, losses, metrics, poison_loss

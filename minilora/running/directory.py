@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from minilora import dist
 from minilora.checkpoint import STATE, save_adapter
-from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.config import Config, LoraConfig, RunError, UserError, leaves
 from minilora.dist import WHOLE, Whole
 from minilora.lora import adapter_state
+from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json, save_config, save_weights
 

@@ -1,4 +1,4 @@
-"""One row of a file -> the text a model is trained on, with the places in it that are supervised.
+"""One row of a file -> the text a model is trained on, with the places in it that are supervised; or what it is asked.
 
 Each format is one function from a row's columns to an `Example`. Spans are characters of the rendered text: nothing is
 ever found by searching token ids, so no example is lost because a name does not survive the tokenizer.
@@ -219,3 +219,52 @@ def _text(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
         return Example(full, [(len(head), len(full))], prompt=prompt, shorten=cut)
 
     return cut(len(prompt))
+
+
+def ask(row: dict, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """The text that asks a model for a row's response, in the form `build` trains it in. Raises RowError."""
+    if data.format == "messages" and "prompt" not in row:
+        turns = turns_of(row)
+        return tokenizer.render(turns[:-1] if turns[-1]["role"] == "assistant" else turns, add_generation_prompt=True)
+    asked = question(row, data)
+    if data.format == "text":
+        return asked
+    if not data.chat:
+        return asked + "\n" * (data.format == "paths" and "title" in row)
+    return tokenizer.render([{"role": "user", "content": asked}], add_generation_prompt=True)
+
+
+def question(row: dict, data: DataConfig) -> str:
+    """What a row asks, without the chat form. A row with only a "prompt" is a user's turn whatever the format (format text:
+    plain text). Raises RowError naming the field."""
+    if data.format == "messages" and "prompt" not in row:
+        turns = turns_of(row)
+        return "\n\n".join(f"{t['role']}: {t['content']}" for t in (turns[:-1] if turns[-1]["role"] == "assistant" else turns))
+    if data.format == "text":
+        text = string_of(row, "prompt" if "prompt" in row else "text")
+        head, marker, _ = text.rpartition(data.response_marker or "\0")
+        return head + marker if marker else text
+    if data.format == "paths" and "title" in row:
+        return article(row)
+    try:
+        return fill_template(data.prompt_template, row) if data.format == "prompt" else string_of(row, "prompt")
+    except RowError:
+        if row.keys() - {"id", "sample", "generated"} != {"prompt"}:
+            raise
+        return string_of(row, "prompt")
+
+
+def reference(row: dict, data: DataConfig) -> str:
+    """What the answer to a row should be. Raises RowError naming the field."""
+    if data.format == "messages":
+        turns = turns_of(row)
+        if turns[-1]["role"] != "assistant":
+            raise RowError("malformed", '"messages": the last turn is not the assistant\'s')
+        return turns[-1]["content"]
+    if data.format == "text":
+        return string_of(row, "text").rpartition(data.response_marker or "\0")[2]
+    if data.format == "paths":
+        if not isinstance(row.get("paths"), list):
+            raise RowError("malformed", '"paths" is missing or no list')
+        return "".join(ARROW.join(path) + "\n" for path in row["paths"])
+    return fill_template(data.response_template, row)

@@ -4,10 +4,12 @@ Beside OUT.jsonl lies OUT.jsonl.settings.json, what the rows were made with, so 
 answers. Processes after the first write OUT.jsonl.rank1, ...; the first puts their rows into OUT.jsonl.
 """
 
+import glob
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from minilora import dist
 from minilora.config import UserError
@@ -35,87 +37,97 @@ def read_rows(path: str | Path) -> list[tuple[int, dict]]:
 
 
 def key_of(row: dict) -> Key:
-    return row["id"], row.get("sample", 0)
+    return row.get("id", ""), row.get("sample", 0)
 
 
 class Job:
     """The output file of a job whose rows carry an "id" (and a "sample", where an id has several)."""
 
     def __init__(self, output: str | Path, settings: dict, wanted: Iterable[Key]):
-        """Open `output`, whose rows so far must have been made with the same `settings` and be among `wanted`.
+        """Find what `output` holds already; its rows must have been made with the same `settings` and be among `wanted`.
 
-        All processes call it together. Raises UserError if the file is another job's.
+        All processes call it together; nothing new is written before the first `add`. Raises UserError if the file is
+        another job's.
         """
         self.path, self.wanted = Path(output), list(wanted)
         self.settings_path = self.path.with_name(self.path.name + ".settings.json")
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read
+        self.part = self.path.with_name(f"{self.path.name}.rank{dist.rank()}") if dist.rank() else self.path
+        self.file: IO[str] | None = None
         if dist.rank() == 0:
-            self._check_settings(json.loads(json.dumps(settings)))
+            self._check_settings()
             self._repair()
         dist.barrier()
-        self.done: dict[Key, dict] = {key_of(row): row for row in self._rows()}
-        part = self.path if dist.rank() == 0 else self.path.with_name(f"{self.path.name}.rank{dist.rank()}")
-        dist.barrier()
-        self.file = open(part, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish, or with the process
+        self.done = self._read()
+        dist.barrier()  # nobody adds before everybody has read
 
     def add(self, row: dict) -> None:
         """Append a finished row; from here on a kill does not lose it."""
+        if self.file is None:
+            _replace(self.settings_path, json.dumps(self.settings, indent=2, ensure_ascii=False))
+            self.file = self.part.open("a", encoding="utf-8")
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
         self.done[key_of(row)] = row
 
     def finish(self) -> list[dict]:
         """Everybody's rows in one file, in the order wanted, complete or not; returns them."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         dist.barrier()
         if dist.rank() == 0:
             self._repair()
-            self.done = {key_of(row): row for row in self._rows()}
-            rows = [self.done[key] for key in self.wanted if key in self.done]
-            self._replace("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._read().values()]
+            if rows:
+                _replace(self.path, "".join(rows))
         dist.barrier()
-        return [self.done[key] for key in self.wanted if key in self.done]
+        return list(self._read().values())
 
-    def _check_settings(self, settings: dict) -> None:
+    def _parts(self) -> list[Path]:
+        return [p for p in (self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))) if p.is_file()]
+
+    def _check_settings(self) -> None:
         """Refuse to go on with an output of other settings."""
-        begun = self.path.is_file() and self.path.stat().st_size > 0
-        if begun and not self.settings_path.is_file():
+        if not any(part.stat().st_size for part in self._parts()):
+            return
+        if not self.settings_path.is_file():
             raise UserError(f"{self.path} exists and is no output of this command: name another file, or remove it")
-        if begun:
-            before = read_json(self.settings_path)
-            if changed := [k for k in settings | before if settings.get(k) != before.get(k)]:
-                k = changed[0]
+        now, then = self.settings, read_json(self.settings_path)
+        for name in now | then:
+            if now.get(name) != then.get(name):
                 raise UserError(
-                    f"{self.path} was begun with other settings: {k} was {before.get(k)!r}, now {settings.get(k)!r}; "
+                    f"{self.path} was begun with other settings ({name}: {then.get(name)!r} -> {now.get(name)!r}): "
                     "name another file, or remove this one to begin anew"
                 )
-        self.settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _repair(self) -> None:
         """Take in the parts of other processes and cut off lines that a kill has torn."""
-        parts = sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
-        whole = b""
-        for file in [self.path] * self.path.is_file() + parts:
-            data = file.read_bytes()
-            end = data.rfind(b"\n") + 1
-            if end < len(data):
-                dist.log(f"{file}: the last line is torn ({len(data) - end} bytes): that row is done again")
-            whole += data[:end]
-        if parts or (self.path.is_file() and len(whole) < self.path.stat().st_size):
-            self._replace(whole.decode("utf-8"))
+        parts = self._parts()
+        contents = [part.read_bytes() for part in parts]
+        whole = [data[: data.rfind(b"\n") + 1] for data in contents]
+        for part, data, kept in zip(parts, contents, whole, strict=True):
+            if data != kept:
+                dist.log(f"{part}: the last line is torn ({len(data) - len(kept)} bytes): that row is done again")
+        if contents != whole or parts not in ([], [self.path]):
+            _replace(self.path, b"".join(whole).decode("utf-8"))
         for part in parts:
-            part.unlink()
+            if part != self.path:
+                part.unlink()
 
-    def _rows(self) -> list[dict]:
-        known, seen, rows = set(self.wanted), set(), []
+    def _read(self) -> dict[Key, dict]:
+        """The rows so far by key, in the order wanted."""
+        found: dict[Key, dict] = {}  # a kill between taking in a part and removing it leaves its rows twice
+        known = set(self.wanted)
         for number, row in read_rows(self.path) if self.path.is_file() else []:
             if key_of(row) not in known:
-                raise UserError(f'{self.path}:{number}: id {row["id"]!r} is not in the input: name another file, or remove this one')
-            if key_of(row) not in seen:  # a kill between taking in a part and removing it leaves its rows twice
-                rows.append(row)
-            seen.add(key_of(row))
-        return rows
+                raise UserError(
+                    f"{self.path}:{number}: id {row.get('id')!r} is not in the input: name another file, or remove it"
+                )
+            found.setdefault(key_of(row), row)
+        return {key: found[key] for key in self.wanted if key in found}
 
-    def _replace(self, text: str) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path)
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{dist.rank()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
