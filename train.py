@@ -6,10 +6,7 @@ below, or a noun of the package.
 
 import hashlib
 import math
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,8 @@ from minilora.build import Built, autocast_to, build_model
 from minilora.checkpoint import read_adapter
 from minilora.config import Config, TrainConfig, UserError
 from minilora.data import Documents, step_order
+from minilora.evaluation import metrics
+from minilora.evaluation.loss import loss_and_ppl, loss_sums
 from minilora.generate import generate_ids
 from minilora.lora import load_adapter_state
 from minilora.loss import cross_entropy_sum
@@ -28,6 +27,7 @@ from minilora.model import Apply
 from minilora.running.cache import load_documents
 from minilora.running.directory import TrainerState, find_checkpoint, prune, save, set_aside, start_directory
 from minilora.running.settings import check_device, load_config, run_main
+from minilora.running.signals import StopSignal
 from minilora.running.training_state import load_training_tensors, training_tensors
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.tracking import Tracker
@@ -35,7 +35,6 @@ from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
 from minilora.weights import read_json, resolve
 
-SAME_SIGNAL = 5  # seconds
 EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
 
 
@@ -53,10 +52,7 @@ def main(config: Config) -> int:
     steps_per_epoch = math.ceil(len(chosen) / docs_per_step)  # a last, partial step is taken too
     total_steps = train.max_steps or math.ceil(train.epochs * steps_per_epoch)
     checkpoint, state = find_checkpoint(config, out, digest(documents, chosen), docs_per_step)
-    if checkpoint and state.step >= total_steps and not state.finished:
-        raise UserError(f"{checkpoint} is already past the {total_steps} steps asked for: raise train.max_steps or train.epochs")
-    if checkpoint and state.step >= total_steps:
-        dist.log(f"{checkpoint} is finished, all {state.step} steps: nothing to do (another output_dir starts a new run)")
+    if checkpoint and nothing_to_do(checkpoint, state, total_steps, train):
         return 0
 
     device = dist.default_device()
@@ -74,7 +70,7 @@ def main(config: Config) -> int:
     order = np.empty(0, dtype=np.int64)
 
     with StopSignal() as stop:
-        while state.step < total_steps and not stop.agreed:
+        while state.step < total_steps and not state.out_of_patience(train) and not stop.agreed:
             epoch, at = divmod(state.step, steps_per_epoch)
             if at == 0 or not len(order):
                 lengths, by_length = documents.lengths[chosen], train.group_by_length
@@ -107,8 +103,10 @@ def main(config: Config) -> int:
                 if logging:
                     tracker.log(position | window.row(state))
                 if evaluating:
-                    evaluate(config, built, tokenizer, eval_sets, tracker, position)
-                if saving:
+                    figures = evaluate(config, built, tokenizer, eval_sets, tracker, position)
+                    saving |= state.note_evaluation(figures, train)  # the best so far is saved whenever it comes
+                    state.finished |= state.out_of_patience(train)
+                if saving or state.finished:
                     name = save_checkpoint(config, built, tokenizer, state, optimizer, parameters, base)
                     tracker.log(position | {"checkpoint": name})
                 window.restart_clock()
@@ -117,8 +115,18 @@ def main(config: Config) -> int:
     if not state.finished:
         dist.log(f"stopped by signal {stop.number} after step {state.step}, saved; the same command continues")
         return 128 + stop.number
-    dist.log(f"done: {out / 'checkpoint-final'}; metrics in {out / 'metrics.jsonl'}")
+    dist.log(f"done: {out / 'checkpoint-final'}; metrics in {out / 'metrics.jsonl'}{state.best_text()}")
     return 0
+
+
+def nothing_to_do(checkpoint: Path, state: TrainerState, total_steps: int, train: TrainConfig) -> bool:
+    """Whether the checkpoint is where this run ends. Raises UserError if it lies beyond."""
+    if state.step >= total_steps and not state.finished:
+        raise UserError(f"{checkpoint} is already past the {total_steps} steps asked for: raise train.max_steps or train.epochs")
+    why = "all of them" if state.step >= total_steps else "stopped early" if state.out_of_patience(train) else ""
+    if why:
+        dist.log(f"{checkpoint} is finished, {state.step} steps, {why}: nothing to do (another output_dir starts a new run)")
+    return bool(why)
 
 
 def chat_template(name: str | None) -> str | None:
@@ -138,6 +146,9 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documen
     if data.eval_file:
         held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
         eval_sets["out_of_domain"] = (held_out, held_out.sample(data.eval_size, config.seed))
+    if config.eval.metrics:  # a target that a metric cannot read shows now, not at the first evaluation
+        targets = [tokenizer.decode(target) for _, target in questions(config, eval_sets)]
+        metrics.score(config.eval.metrics, targets, targets)
     rows = read_json(base / "config.json").get("vocab_size") or 0
     largest = max(int(d.tokens.max()) for d, _ in eval_sets.values())
     if largest >= rows:  # a model is never resized silently
@@ -253,40 +264,47 @@ def intervals(config: Config) -> tuple[int, int, int]:
     return config.train.logging_steps, config.eval.eval_steps, config.train.save_steps or config.eval.eval_steps
 
 
-def evaluate(config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets, tracker: Tracker, position: dict) -> None:
-    """Losses over the full labels of each set, token-weighted, and sample answers from the last set."""
-    model, place = built.model.eval(), built.place
+def questions(config: Config, sets: EvalSets) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, target ids) of the rows of the last evaluation set that are answered at each evaluation."""
+    documents, which = list(sets.values())[-1]
+    return [documents.prompt_and_target(i) for i in which[: config.eval.num_generate_samples]]
+
+
+def evaluate(
+    config: Config, built: Built, tokenizer: Tokenizer, sets: EvalSets, tracker: Tracker, position: dict
+) -> dict[str, float]:  # fmt: skip
+    """Losses over the full labels of each set, token-weighted, answers to rows of the last set, and their metrics; all logged."""
+    model, place, e = built.model.eval(), built.place, config.eval
     device = dist.default_device()
+    figures: dict[str, float] = {}
     for name, (documents, which) in sets.items():
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
         which = which[np.argsort(documents.lengths[which], kind="stable")]
-        for docs in my_micro_batches(which, config.eval.batch_size, built):
-            batch = documents.batch(docs)
-            with torch.no_grad(), autocast_to(built.autocast, device):
-                sums[0] += model(batch.tokens.to(device), batch.lengths, loss_with(batch.labels))
-            sums[1] += batch.supervised
-        total, supervised = dist.all_reduce_sum(sums).tolist()
-        loss = total / supervised
-        tracker.log(position | {f"eval/{name}/loss": loss, f"eval/{name}/ppl": math.exp(min(loss, 700.0))})
-    if config.eval.num_generate_samples:
-        documents, which = list(sets.values())[-1]
-        pairs = [documents.prompt_and_target(i) for i in which[: config.eval.num_generate_samples]]
-        e, half = config.eval, built.dtype if config.method == "full" and built.dtype != torch.float32 else None
+        sums = loss_sums(model, documents, my_micro_batches(which, e.batch_size, built), device, built.autocast)
+        found = {f"eval/{name}/{key}": value for key, value in loss_and_ppl(dist.all_reduce_sum(sums)).items()}
+        tracker.log(position | found)
+        figures |= found
+    if pairs := questions(config, sets):
+        half = built.dtype if config.method == "full" and built.dtype != torch.float32 else None
         mine = range(dist.rank(), len(pairs), dist.world_size())  # each process answers its share
         answers = generate_ids(
             model, [pairs[i][0] for i in mine], tokenizer, e.max_new_tokens, e.temperature, e.top_p,
             stop_ids=tokenizer.stop_ids(), seed=config.seed, indices=mine, autocast=half, together=place.count > 1,
         )  # fmt: skip
-        texts = dist.gather_objects([answer.text for answer in answers])
+        shares = dist.gather_objects([answer.text for answer in answers])
+        texts = [shares[i % len(shares)][i // len(shares)] for i in range(len(pairs))]
+        targets = [tokenizer.decode(target) for _, target in pairs]
         tracker.samples([
-            position
-            | {"prompt": tokenizer.decode(prompt), "target": tokenizer.decode(target)}
-            | {"generated": texts[i % len(texts)][i // len(texts)]}
-            for i, (prompt, target) in enumerate(pairs)
+            position | {"prompt": tokenizer.decode(prompt), "target": target, "generated": text}
+            for (prompt, _), target, text in zip(pairs, targets, texts, strict=True)
         ])  # fmt: skip
+        if e.metrics:
+            found = {f"eval/{list(sets)[-1]}/{key}": value for key, value in metrics.score(e.metrics, texts, targets).items()}
+            tracker.log(position | found)
+            figures |= found
     place.rest(model)
     dist.barrier()
     model.train()
+    return figures
 
 
 def save_checkpoint(
@@ -299,47 +317,9 @@ def save_checkpoint(
     tensors = training_tensors(optimizer, parameters, keep_masters=rounded)
     save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype, built.place)
     if dist.rank() == 0:
-        prune(out, config.train.save_total_limit)
+        prune(out, config.train.save_total_limit, state.best.get("step"))
     dist.barrier()
     return name
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean end; a second one ends at once.
-
-    Within a few seconds it counts as the same: torchrun hands on what a scheduler has sent to its processes already.
-    """
-
-    def __init__(self) -> None:
-        self.number, self.since = 0, 0.0
-        self.agreed = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def request(self, number: int, frame: object) -> None:
-        if self.number and time.monotonic() < self.since + SAME_SIGNAL:
-            return
-        if self.number:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.number, self.since = number, time.monotonic()
-        dist.log(f"signal {number}: stopping after this step, with a checkpoint (again in {SAME_SIGNAL} s to stop at once)")
-
-    def agree(self, step: int, device: torch.device) -> None:
-        """Learn whether any rank was asked to stop; with several GPUs only every ten steps, because looking waits."""
-        if dist.world_size() == 1:
-            self.agreed = self.number != 0
-        elif device.type == "cpu" or step % 10 == 0:
-            asked = torch.zeros(65, device=device)
-            asked[self.number] = 1
-            numbers = dist.all_reduce_sum(asked).nonzero().flatten().tolist()
-            self.number, self.agreed = max(numbers), max(numbers) > 0
-
-    def __exit__(self, *exception: object) -> None:
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

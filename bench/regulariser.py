@@ -2,7 +2,7 @@
 
 The promise: rare edges are learnt better, frequent ones overfitted less. For each seed a random taxonomy is drawn, root ->
 8 categories -> 10 each -> 6 of their category's 16 leaves each, whose 480 leaf edges are used with Zipf frequencies (1 / rank);
-72 of them never while training, though their parents and leaves are: predicting these is generalisation. An article is one
+72 of them never while training, though both names are (but for a leaf or two): predicting these is generalisation. An article is one
 to three paths; its title and abstract hold cue words of a path's nodes, other than their names, some of them exchanged for
 cues of other nodes. A tiny Mistral is trained by train.main from random weights with and without edge_dropping, all else
 equal, and answers the test articles greedily. Printed are both arms' means and standard deviations over seeds, the paired
@@ -151,10 +151,9 @@ def measure(args: Args) -> dict[str, float]:
         training = world.write(home / "train.jsonl", args.articles, world.training_weights)
         held_out = world.write(home / "held_out.jsonl", HELD_OUT, world.training_weights)
         test = world.write(home / "test.jsonl", TEST, world.weights)
-        config = configuration(home, args)
-        if code := train.main(config):
+        if code := train.main(config := configuration(home, args)):
             sys.exit(code)
-        model, tokenizer = minilora.load(str(home / "out/checkpoint-final"), dtype="float32")
+        model, tokenizer = minilora.load(str(home / "out/checkpoint-final"), dtype="float32", device="cpu")
         counts = Counter(edge for row in training for edge in path_edges(row["paths"]))
         stratum = partial(stratum_of, counts=counts, cuts=statistics.quantiles(counts.values(), n=3))
         losses: dict[str, float] = {}
@@ -167,8 +166,8 @@ def measure(args: Args) -> dict[str, float]:
         questions = load_documents(str(home / "test.jsonl"), config.data, tokenizer, "eval_file")
         prompts = [questions.prompt_and_target(i)[0] for i in range(len(questions))]
         answers = generate_ids(model, prompts, tokenizer, max_new_tokens=96, stop_ids=tokenizer.stop_ids(), batch_size=100)
-        references = [set(path_edges(row["paths"])) for row in test]
-        return scores([answer.text for answer in answers], references, set(path_edges(world.paths)), stratum) | seen
+        reference = [set(path_edges(row["paths"])) for row in test]
+        return scores([answer.text for answer in answers], reference, set(path_edges(world.paths)), stratum) | seen
 
 
 def stratum_of(edge: Edge, counts: Counter[Edge], cuts: list[float]) -> str:
@@ -200,14 +199,13 @@ def scores(answers: list[str], references: list[set[Edge]], taxonomy: set[Edge],
     for name in STRATA:
         mine = [{e for e in edges if stratum(e) == name} for edges in predicted]
         wanted = [{e for e in edges if stratum(e) == name} for edges in references]
-        hits = sum(len(a & b) for a, b in zip(mine, wanted, strict=True))
-        asked, given = sum(map(len, wanted)), sum(map(len, mine))
+        hits, asked, given = (sum(map(len, sets)) for sets in ([a & b for a, b in zip(mine, wanted, strict=True)], wanted, mine))
         row[f"F1, {name} edges"] = share(2 * hits, given + asked)
         row[f"recall, {name} edges"] = share(hits, asked)
         row[f"precision, {name} edges"] = share(hits, given)
         if name == "unseen":
-            real = sum(len(edges & taxonomy) for edges in mine)
-            row |= {"in the taxonomy, of unseen edges predicted": share(real, given), NEITHER: given}
+            row["in the taxonomy, of unseen edges predicted"] = share(sum(len(edges & taxonomy) for edges in mine), given)
+            row[NEITHER] = given
     row["well-formed lines"] = share(sum(map(len, good)), sum(map(len, lines)))
     return row
 
@@ -237,8 +235,7 @@ def main(args: Args) -> None:
     for name in without[0]:
         a, b = [row[name] for row in without], [row[name] for row in with_]
         difference = [y - x for x, y in zip(a, b, strict=True)]
-        sign = -1 if any(word in name for word in LOWER_IS_BETTER) else 1
-        better = sum(sign * d > 0 for d in difference)
+        better = sum(d < 0 if any(word in name for word in LOWER_IS_BETTER) else d > 0 for d in difference)
         verdict = "-" if name == NEITHER else f"{better} of {args.seeds}"
         print(f"| {name} | {spread(a)} | {spread(b)} | {spread(difference, '+')} | {verdict} |")
     print(json.dumps({"args": vars(args), "without": without, "with": with_}))

@@ -125,7 +125,10 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint in output_dir; never; or a checkpoint directory."""
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations without improvement."""
+    """Stop after this many evaluations in a row without a better metric_for_best_model."""
+    metric_for_best_model: str | None = None
+    """Keep the checkpoint that is best by this figure of the evaluations too: loss, ppl, a metric of eval.metrics as it is
+    logged (rougeL), or in_domain/loss (default: none is kept; loss with early_stopping_patience)."""
 
 
 @dataclass(slots=True)
@@ -143,7 +146,7 @@ class EvalConfig:
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
     metrics: tuple[str, ...] = ()
-    """Metrics of the generated answers."""
+    """Of the num_generate_samples answers: exact_match, bleu, chrf, rouge, meteor, edit_distance, numeric, graph."""
 
 
 @dataclass(slots=True)

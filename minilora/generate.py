@@ -10,7 +10,7 @@ G = H / K, E head size, V vocabulary.
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -266,14 +266,11 @@ class _Ending:
 
 def generate_ids(
     model: CausalLM, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 0.0,
-    top_p: float = 1.0, progress: Callable[[int], object] = lambda tokens: None, **settings,
+    top_p: float = 1.0, **settings,
 ) -> list[Answer]:  # fmt: skip
-    """All answers of `stream`, in the prompts' order; progress is told of each new token."""
-    answers = [Answer() for _ in prompts]
-    for i, answer in stream(model, prompts, tokenizer, max_new_tokens, temperature, top_p, **settings):
-        answers[i] = answer
-        progress(1)
-    return answers
+    """The answers of `stream`, complete and in the prompts' order."""
+    answers = dict(stream(model, prompts, tokenizer, max_new_tokens, temperature, top_p, **settings))
+    return [answers.get(i, Answer()) for i in range(len(prompts))]
 
 
 def generate(

@@ -269,7 +269,7 @@ def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_malformed_rows_are_named(case: str, checkpoints: dict[str, Path], tmp_path: Path):
     name, line, message = MALFORMED[case]
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    first, third = (json.dumps({**FORMATS[name][1][0], "id": i}) for i in (1, 3))
+    first, third = (json.dumps({**FORMATS[name][1][0], "id": f"line {i}"}) for i in (1, 3))
     source.write_text(f"{first}\n{line}\n{third}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         infer.main(infer.Args(str(checkpoints[name]), input=str(source), output=str(target)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from minilora import dist
 from minilora.checkpoint import STATE, save_adapter
-from minilora.config import Config, LoraConfig, RunError, UserError, leaves
+from minilora.config import Config, LoraConfig, RunError, TrainConfig, UserError, leaves
 from minilora.dist import WHOLE, Whole
+from minilora.evaluation import metrics
 from minilora.lora import adapter_state
 from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.tokenizer import Tokenizer
@@ -26,7 +28,8 @@ FREE_TO_CHANGE = (
     "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size", "train.epochs",
     "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume",
     "train.gradient_checkpointing", "train.compile",
-    "train.batch_size", "train.grad_acc_steps", "train.early_stopping_patience", "eval.", "log.", "hub.", "parallel.",
+    "train.batch_size", "train.grad_acc_steps", "train.early_stopping_patience",
+    "train.metric_for_best_model", "eval.", "log.", "hub.", "parallel.",
 )  # fmt: skip
 
 
@@ -40,6 +43,27 @@ class TrainerState:
     finished: bool = False
     data: str = ""  # digest of the tokenised training rows
     docs_per_step: int = 0
+    best: dict = dataclasses.field(default_factory=dict)  # of the best evaluation: step, metric, value
+    worse: int = 0  # evaluations since
+
+    def note_evaluation(self, figures: dict[str, float], train: TrainConfig) -> bool:
+        """Whether an evaluation is the best so far by train.metric_for_best_model, on the last set that has it."""
+        name = train.metric_for_best_model or (train.early_stopping_patience is not None and "loss")
+        if not name:
+            return False
+        metric = next((key for key in reversed(figures) if key.endswith(f"/{name}")), name)
+        value, sign = figures.get(metric, math.nan), -1 if metrics.lower_is_better(metric) else 1
+        better = not math.isnan(value) and (not self.best or sign * value > sign * self.best["value"])
+        if better:
+            self.best = {"step": self.step, "metric": metric, "value": value}
+        self.worse = 0 if better else self.worse + 1
+        return better
+
+    def out_of_patience(self, train: TrainConfig) -> bool:
+        return train.early_stopping_patience is not None and self.worse >= train.early_stopping_patience
+
+    def best_text(self) -> str:
+        return "; best: checkpoint-{step}, {metric} {value:.4g}".format(**self.best) if self.best else ""
 
 
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
@@ -173,9 +197,10 @@ def set_aside(checkpoint: Path | None, out: Path, step: int) -> None:
         os.rename(checkpoint, out / f"checkpoint-{step}")
 
 
-def prune(out: Path, limit: int | None) -> None:
-    """Remove the oldest step checkpoints beyond `limit`; renamed first, so that none is ever half there."""
-    for old in step_checkpoints(out)[:-limit] if limit else []:
+def prune(out: Path, limit: int | None, best: int | None = None) -> None:
+    """Remove the oldest step checkpoints beyond `limit`, but not the one of step `best`; renamed first, so that none is ever
+    half there."""
+    for old in [c for c in step_checkpoints(out)[:-limit] if c.name != f"checkpoint-{best}"] if limit else []:
         doomed = old.with_name(f".tmp-{old.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(old, doomed)

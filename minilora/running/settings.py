@@ -18,12 +18,12 @@ import tyro
 
 from minilora import dist
 from minilora.config import Config, RunError, UserError, leaves, nearest
+from minilora.evaluation import metrics
 
 LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|CheckpointException|[Tt]imed out", re.IGNORECASE)
 
 # what the contract names and this version cannot do yet, with the values it can: refused, never ignored
 NOT_YET: dict[str, tuple] = {
-    "train.early_stopping_patience": (None,), "eval.metrics": ((),),
     "train.compile": (False,), "hub.push": (False,), "plan": (False,),
 }  # fmt: skip
 
@@ -127,11 +127,16 @@ def validate(config: Config) -> None:
         (e.temperature < 0, "eval.temperature must not be negative (0 is greedy)"),
         (not 0 < e.top_p <= 1, "eval.top_p must be in (0, 1]"),
         (e.num_generate_samples < 0 or e.max_new_tokens < 1, "eval.num_generate_samples / max_new_tokens are out of range"),
+        (set(e.metrics) - {"loss", "ppl"} and not e.num_generate_samples, "eval.metrics needs eval.num_generate_samples"),
+        (t.early_stopping_patience is not None and t.early_stopping_patience < 1, "train.early_stopping_patience must be >= 1"),
         (min(config.preview, config.seed) < 0, "preview and seed must not be negative"),
     ]  # fmt: skip
     for wrong, message in problems:
         if wrong:
             raise UserError(message)
+    metrics.check(e.metrics, "eval.metrics")
+    if (best := t.metric_for_best_model) and not best.rpartition("domain/")[2].startswith(("loss", "ppl", *e.metrics)):
+        raise UserError(f"train.metric_for_best_model: {best!r} is neither loss, ppl nor a figure of eval.metrics {e.metrics}")
     for name, value in leaves(config).items():
         if value not in NOT_YET.get(name, (value,)):
             raise UserError(f"{name} = {value!r} is not supported yet: use {NOT_YET[name][0]!r}")
