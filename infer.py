@@ -30,7 +30,7 @@ from minilora.lora import fold
 from minilora.model import CausalLM
 from minilora.running.examples import RowError, ask, question, reference
 from minilora.running.jobs import Job, Key, read_rows
-from minilora.running.reading import tokenise_file
+from minilora.running.reading import table, tokenise_file
 from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json
@@ -290,7 +290,7 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
         if {"loss", "ppl"} & set(args.metrics):
             model, tokenizer, data = loaded or load(args)
             documents = tokenise_file(args.input or "", data, tokenizer)
-            dist.log(documents.counts.table())
+            dist.log(table(documents.counts))
             starts = range(0, len(documents), args.batch_size)
             order = np.argsort(documents.lengths, kind="stable")
             sums = loss_sums(model, documents, [order[s : s + args.batch_size] for s in starts], model.head_weight.device)

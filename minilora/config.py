@@ -1,6 +1,5 @@
 """The run's configuration: every setting with its explanation, which is its `--help` (running/settings.py reads them)."""
 
-import dataclasses
 import difflib
 import typing
 from dataclasses import dataclass, field
@@ -203,15 +202,6 @@ class Config:
     """Show the first N tokenised examples with their masks, write preview.jsonl, and stop."""
     plan: bool = False
     """Estimate memory and time, and stop."""
-
-
-def leaves(config: object, prefix: str = "") -> dict[str, object]:
-    """`{"section.field": value}` for every field, in order."""
-    flat: dict[str, object] = {}
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, f.name)
-        flat.update(leaves(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value})
-    return flat
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from minilora.labels import IGNORE, draw_kept
 
-LOCATIONS_SHOWN = 3  # of each reason for dropping, in the counts table
-
 
 @dataclass
 class Batch:
@@ -46,16 +44,6 @@ class Counts:
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> file:line: message, one per row
     truncated: int = 0
     straddling: int = 0  # tokens across the border of prompt and response, counted as prompt
-
-    def table(self) -> str:
-        lines = [f"{self.name}: {self.read} lines read, {self.kept} kept, {self.read - self.kept} dropped"]
-        for reason, where in sorted(self.dropped.items()):
-            lines.append(f"  {len(where):>6} {reason}")
-            lines += [f"         {w}" for w in where[:LOCATIONS_SHOWN]]
-            lines += [f"         and {len(where) - LOCATIONS_SHOWN} more"] if len(where) > LOCATIONS_SHOWN else []
-        lines += [f"  {self.truncated:>6} kept with a shortened prompt"] if self.truncated else []
-        lines += [f"  {self.straddling:>6} tokens straddle prompt and response: not supervised"] if self.straddling else []
-        return "\n".join(lines)
 
 
 @dataclass

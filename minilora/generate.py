@@ -58,15 +58,13 @@ class Step:
         self.cache, self.running, self.longest = cache, len(cache.lengths), max(cache.lengths, default=-1) + 1
         self.prompts = PackedAttention(prompts, device) if prompts else None
         at = torch.tensor(cache.lengths, dtype=torch.int64)
-        slots = torch.arange(self.running + len(prompts))
-        sizes = torch.tensor([1] * self.running + list(prompts))
-        self.slots = slots.repeat_interleave(sizes).to(device, non_blocking=True)  # [T]
+        sizes = [1] * self.running + list(prompts)
+        self.slots = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device, non_blocking=True)  # [T]
         new = [torch.arange(length) for length in prompts]
         self.positions = torch.cat([at, *new]).to(device, non_blocking=True)  # [T]: the tokens before each in its slot
         self.age = (at[:, None] - torch.arange(self.longest)).to(device, non_blocking=True)  # [S, L]
         self.ragged = len(set(cache.lengths)) > 1
-        cache.lengths += [0] * len(prompts)
-        cache.lengths = [length + int(n) for length, n in zip(cache.lengths, sizes, strict=True)]
+        cache.lengths = [n + size for n, size in zip(cache.lengths + [0] * len(prompts), sizes, strict=True)]
         cache.reserve(max(cache.lengths))
         self.visible = functools.cache(self._visible)
 
@@ -171,12 +169,11 @@ def stream(
     cache = KVCache(model.config, min(batch_size, max(1, len(prompts))), autocast or model.head_weight.dtype, device)
     slots: list[int] = []  # the prompt of each slot in use
     deadline, was_training = time.monotonic() + (max_time or float("inf")), model.training
-    model.eval()
+    few_rows(model.eval(), True)
     try:
-        few_rows(model, True)
         while True:
             working = bool(waiting or slots) and time.monotonic() < deadline
-            if not (working if not together else not dist.everyone(not working, device)):
+            if dist.everyone(not working, device) if together else not working:
                 break
             room = (batch_size - len(slots)) * working
             new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
@@ -190,8 +187,8 @@ def stream(
             if repetition_penalty != 1.0:
                 penalise(logits, ([*prompts[i], *answers[i].ids] for i in slots), repetition_penalty)
             draws = torch.tensor([generators[i].random(dtype=np.float32) for i in slots] or [0.0], device=device)
-            grown = list(zip(slots, sample(logits, temperature, top_p, draws, top_k).tolist(), strict=False))
-            for i, token in grown:
+            chosen = sample(logits, temperature, top_p, draws, top_k).tolist()
+            for i, token in zip(grown := tuple(slots), chosen, strict=False):  # a stand-in has no answer
                 answers[i].ids.append(token)
                 answers[i].finish_reason = end.reason(answers[i], prompts[i])
             for slot in reversed(range(len(slots))):
@@ -199,7 +196,7 @@ def stream(
                     cache.free(slot)
                     slots[slot] = slots[-1]
                     slots.pop()
-            yield from ((i, answers[i]) for i, _ in grown)
+            yield from ((i, answers[i]) for i in grown)
     finally:
         few_rows(model, False)
         model.train(was_training)
@@ -242,26 +239,20 @@ class _Ending:
     def reason(self, answer: Answer, prompt: Sequence[int]) -> str | None:
         """Why the answer ends with its last token; sets its text if it does."""
         token = answer.ids[-1]
-        stopped = token in self.ends or (self._may_stop(token, prompt) and self._stops(answer, prompt))
+        stopped = token in self.ends or (bool(self.stop) and self._stops(answer, prompt))
         reason = "stop" if stopped else "length" if len(answer.ids) >= self.max_new_tokens else None
         if reason:
             text = self.tokenizer.decode_after(prompt, answer.ids[:-1] if token in self.ends else answer.ids)
             answer.text = text[: min((text.find(s) for s in self.stop if s in text), default=len(text))]
         return reason
 
-    def _may_stop(self, token: int, prompt: Sequence[int]) -> bool:
-        """Whether a stop string can end in this token: it has the string's last character, or an unfinished one."""
-        if not self.stop:
-            return False
-        if token not in self.may_stop:
+    def _stops(self, answer: Answer, prompt: Sequence[int]) -> bool:
+        token, tail = answer.ids[-1], answer.ids[-self.window :]  # only the tail can hold a stop string that was not there before
+        if token not in self.may_stop:  # whether one can end in this token: it has its last character, or an unfinished one
             text = self.tokenizer.decode_after(prompt, [token])
             self.may_stop[token] = not text or "\ufffd" in text or any(s[-1] in text for s in self.stop)
-        return self.may_stop[token]
-
-    def _stops(self, answer: Answer, prompt: Sequence[int]) -> bool:
-        tail = answer.ids[-self.window :]  # only the tail can hold a stop string that was not there before
-        before = [*prompt, *answer.ids][: -len(tail)]
-        return any(s in self.tokenizer.decode_after(before, tail) for s in self.stop)
+        text = self.tokenizer.decode_after([*prompt, *answer.ids][: -len(tail)], tail) if self.may_stop[token] else ""
+        return any(s in text for s in self.stop)
 
 
 def generate_ids(

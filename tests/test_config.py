@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from minilora import config as config_module
-from minilora.config import Config, UserError, leaves
+from minilora.config import Config, UserError
 from minilora.running import settings
-from minilora.running.settings import load_config, run_main
+from minilora.running.settings import leaves, load_config, run_main
 
 FIELDS = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)}
 SECTIONS = {name: type(value) for name, value in FIELDS.items() if dataclasses.is_dataclass(value)}

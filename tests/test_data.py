@@ -21,6 +21,7 @@ from minilora.data import Batch, Documents, step_order
 from minilora.labels import IGNORE
 from minilora.running.cache import load_documents
 from minilora.running.examples import build
+from minilora.running.reading import table
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
@@ -151,8 +152,8 @@ def test_every_line_is_counted_with_its_place_and_field(format, tmp_path):
     assert counts.read == len(rows)
     assert counts.kept == len(documents) == counts.read - sum(map(len, counts.dropped.values()))
     assert documents.index.tolist() == [0, len(rows) - 1]
-    table = counts.table()
-    assert f"{len(rows)} lines read, 2 kept, {len(rows) - 2} dropped" in table
+    shown = table(counts)
+    assert f"{len(rows)} lines read, 2 kept, {len(rows) - 2} dropped" in shown
     file = re.escape(str(tmp_path / "rows.jsonl"))
     for number, (_, reason, field) in enumerate(BAD[format], start=2):
         assert any(re.match(rf"{file}:{number}: .*({field})", message) for message in counts.dropped[reason]), (
@@ -161,13 +162,13 @@ def test_every_line_is_counted_with_its_place_and_field(format, tmp_path):
             field,
         )
     for reason, messages in counts.dropped.items():
-        assert f"{len(messages)} {reason}" in table
-        assert all(message in table for message in messages[:3])
+        assert f"{len(messages)} {reason}" in shown
+        assert all(message in shown for message in messages[:3])
 
 
 def test_the_table_shows_a_few_places_of_many(tmp_path):
-    table = load(tmp_path, [GOOD["paths"], *[""] * 10]).counts.table()
-    assert "10 blank line" in table and "rows.jsonl:4:" in table and "rows.jsonl:5:" not in table and "and 7 more" in table
+    shown = table(load(tmp_path, [GOOD["paths"], *[""] * 10]).counts)
+    assert "10 blank line" in shown and "rows.jsonl:4:" in shown and "rows.jsonl:5:" not in shown and "and 7 more" in shown
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -383,7 +384,7 @@ def test_truncating_shortens_the_prompt_alone(limit, format, chat, name, tmp_pat
     of = tokenizer(name)
     settings = {"format": format, "chat": chat, "response_marker": "\nA:" if format == "text" else None}
     documents = load(tmp_path, [LONG_ROWS[format]], of, **settings, too_long="truncate", max_seq_length=limit)
-    assert documents.counts.truncated == 1 and "1 kept with a shortened prompt" in documents.counts.table()
+    assert documents.counts.truncated == 1 and "1 kept with a shortened prompt" in table(documents.counts)
     assert limit - 8 <= len(documents.ids(0)) <= limit, "no more is lost than needed"
 
     whole = build(LONG_ROWS[format], DataConfig(**settings), of)

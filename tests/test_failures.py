@@ -22,9 +22,9 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import train
-from minilora.config import Config, leaves
+from minilora.config import Config
 from minilora.running.directory import is_complete, newest
-from minilora.running.settings import load_config
+from minilora.running.settings import leaves, load_config
 from tiny_runs import base_model, config, metrics
 
 ROOT = Path(__file__).resolve().parent.parent

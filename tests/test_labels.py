@@ -22,6 +22,7 @@ from minilora.data import Documents
 from minilora.labels import IGNORE, Edge, draw_kept, keep_probabilities, mark_tokens, path_edges
 from minilora.running.cache import load_documents
 from minilora.running.examples import build
+from minilora.running.reading import table
 from minilora.tokenizer import Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
@@ -416,10 +417,10 @@ def test_a_token_across_the_border_belongs_to_the_prompt(tmp_path):
         [False, False, True, True], [False, False, True, True], [False, True, True],
     ]  # fmt: skip
     assert documents.counts.straddling == 2
-    assert "2 tokens straddle prompt and response" in documents.counts.table()
+    assert "2 tokens straddle prompt and response" in table(documents.counts)
 
     clean = load(tmp_path, rows[1:2], of, format="prompt", chat=False)
-    assert clean.counts.straddling == 0 and "straddle" not in clean.counts.table()
+    assert clean.counts.straddling == 0 and "straddle" not in table(clean.counts)
 
 
 def test_mistrals_own_tokens_across_the_border(tmp_path):

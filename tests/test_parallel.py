@@ -23,10 +23,10 @@ import ranks
 import train
 from minilora import parallel
 from minilora.build import build_model
-from minilora.config import Config, LoraConfig, UserError, leaves
+from minilora.config import Config, LoraConfig, UserError
 from minilora.model import CausalLM, DecoderConfig
 from minilora.quant import quantize_linears
-from minilora.running.settings import check_device, validate
+from minilora.running.settings import check_device, leaves, validate
 from minilora.tokenizer import Tokenizer
 from ranks import CPU, fit, launch, outcome
 from tiny_models import config_json, random_tokens, tiny

@@ -137,7 +137,7 @@ def config_file(c: Config, path: Path) -> Path:
 
 
 def train_leaves(c: Config) -> dict:
-    from minilora.config import leaves
+    from minilora.running.settings import leaves
 
     return leaves(c)
 

@@ -35,7 +35,7 @@ def load_documents(path: str, data: DataConfig, tokenizer: Tokenizer, what: str)
         if documents is None:
             documents = reading.tokenise_file(path, data, tokenizer)
             _to_cache(documents, cached)
-    dist.log(documents.counts.table())
+    dist.log(reading.table(documents.counts))
     if data.strict and documents.counts.dropped:
         raise UserError("data.strict: " + next(iter(documents.counts.dropped.values()))[0])
     if not len(documents):

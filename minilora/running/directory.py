@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from minilora import dist
 from minilora.checkpoint import STATE, save_adapter
-from minilora.config import Config, LoraConfig, RunError, TrainConfig, UserError, leaves
+from minilora.config import Config, LoraConfig, RunError, TrainConfig, UserError
 from minilora.dist import WHOLE, Whole
 from minilora.evaluation import metrics
 from minilora.lora import adapter_state
+from minilora.running.settings import leaves
 from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json, save_config, save_weights

@@ -18,7 +18,20 @@ from minilora.running.examples import RowError, build, parse
 from minilora.tokenizer import Tokenizer
 
 CHUNK_LINES = 256  # lines a worker takes at a time
+LOCATIONS_SHOWN = 3  # of each reason for dropping
 TOO_LONG = "longer than {} tokens"
+
+
+def table(counts: Counts) -> str:
+    """What became of a file's lines, for the terminal."""
+    lines = [f"{counts.name}: {counts.read} lines read, {counts.kept} kept, {counts.read - counts.kept} dropped"]
+    for reason, where in sorted(counts.dropped.items()):
+        lines.append(f"  {len(where):>6} {reason}")
+        lines += [f"         {w}" for w in where[:LOCATIONS_SHOWN]]
+        lines += [f"         and {len(where) - LOCATIONS_SHOWN} more"] if len(where) > LOCATIONS_SHOWN else []
+    lines += [f"  {counts.truncated:>6} kept with a shortened prompt"] if counts.truncated else []
+    lines += [f"  {counts.straddling:>6} tokens straddle prompt and response: not supervised"] if counts.straddling else []
+    return "\n".join(lines)
 
 
 def tokenise_file(path: str, data: DataConfig, tokenizer: Tokenizer) -> Documents:

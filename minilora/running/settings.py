@@ -17,7 +17,7 @@ import typeguard
 import tyro
 
 from minilora import dist
-from minilora.config import Config, RunError, UserError, leaves, nearest
+from minilora.config import Config, RunError, UserError, nearest
 from minilora.evaluation import metrics
 
 LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|CheckpointException|[Tt]imed out", re.IGNORECASE)
@@ -26,6 +26,15 @@ LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|Checkp
 NOT_YET: dict[str, tuple] = {
     "train.compile": (False,), "hub.push": (False,), "plan": (False,),
 }  # fmt: skip
+
+
+def leaves(config: object, prefix: str = "") -> dict[str, object]:
+    """`{"section.field": value}` for every field, in order."""
+    flat: dict[str, object] = {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        flat.update(leaves(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value})
+    return flat
 
 
 def load_config_file(path: str) -> Config:

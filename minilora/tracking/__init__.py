@@ -8,7 +8,8 @@ from pathlib import Path
 import tqdm
 
 from minilora import dist
-from minilora.config import Config, UserError, leaves
+from minilora.config import Config, UserError
+from minilora.running.settings import leaves
 
 
 class Tracker:
