@@ -188,7 +188,7 @@ def settings_of(args: Args) -> dict:
 def load(args: Args) -> tuple[CausalLM, Tokenizer, DataConfig]:
     """The model, its tokenizer, and the form of its training; sampling defaults are filled in."""
     model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, args.bits, revision=args.revision)
-    if args.fold and args.bits in (16, None):
+    if args.fold:
         fold(model)
     data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
     for name, value in (PATHS_DEFAULTS if data.format == "paths" else DEFAULTS).items():

@@ -107,7 +107,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor, top_
     """Next token int64 [S] from logits [S, V]; draws fp32 [S], uniform in [0, 1), decide.
 
     temperature 0 is greedy. top_k keeps the k most probable tokens (0: all); top_p then keeps the most probable of them up
-    to and including the one that reaches it. Equals transformers' warpers in their order: temperature, top_k, top_p.
+    to and including the one that reaches it. Equals transformers' warpers in their order (of tokens level with the k-th, which
+    transformers keeps too, we keep no more than k).
     """
     if temperature == 0:
         return logits.max(dim=-1).indices  # argmax, several times faster on a CPU
@@ -158,7 +159,9 @@ def stream(
     not in `text`. max_time: seconds after which no more passes begin. together: other processes hold parts of the model
     and decode prompts of their own, so all take the same number of passes. Raises UserError for an empty prompt.
     """
-    indices = indices or range(len(prompts))
+    if batch_size < 1 or not 0 < top_p <= 1 or "" in stop:
+        raise UserError("batch_size must be at least 1, top_p in (0, 1], and a stop string not empty")
+    indices, stop = indices or range(len(prompts)), (stop,) if isinstance(stop, str) else stop
     if empty := [i for i, prompt in zip(indices, prompts, strict=True) if not len(prompt)]:
         raise UserError(f"prompt {empty[0]} is empty: there is nothing to continue")
     device = dist.default_device() if together else model.head_weight.device  # shards may wait in host memory
@@ -168,7 +171,7 @@ def stream(
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     cache = KVCache(model.config, min(batch_size, max(1, len(prompts))), autocast or model.head_weight.dtype, device)
     slots: list[int] = []  # the prompt of each slot in use
-    deadline, was_training = time.monotonic() + (max_time or float("inf")), model.training
+    deadline, was_training = time.monotonic() + (float("inf") if max_time is None else max_time), model.training
     few_rows(model.eval(), True)
     try:
         while True:
@@ -184,8 +187,8 @@ def stream(
             last = torch.tensor([1] * (len(slots) - len(new)) + [len(prompts[i]) for i in new], device=device).cumsum(0) - 1
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 logits = model(tokens, apply=partial(_logits_at, last if new else None), attend=attend)
-            if repetition_penalty != 1.0:
-                penalise(logits, ([*prompts[i], *answers[i].ids] for i in slots), repetition_penalty)
+            if repetition_penalty != 1.0 and slots:
+                penalise(logits := logits.float(), ([*prompts[i], *answers[i].ids] for i in slots), repetition_penalty)
             draws = torch.tensor([generators[i].random(dtype=np.float32) for i in slots] or [0.0], device=device)
             chosen = sample(logits, temperature, top_p, draws, top_k).tolist()
             for i, token in zip(grown := tuple(slots), chosen, strict=False):  # a stand-in has no answer
@@ -225,7 +228,7 @@ def few_rows(model: nn.Module, on: bool) -> None:
         if type(layer) is nn.Linear and on:
             layer.forward = partial(forward, layer)  # type: ignore[method-assign]
         elif type(layer) is nn.Linear:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 class _Ending:
@@ -235,6 +238,7 @@ class _Ending:
         self.tokenizer, self.ends, self.stop, self.max_new_tokens = tokenizer, ends, stop, max_new_tokens
         self.window = max((len(s.encode()) for s in stop), default=0) + 8  # tokens that can hold a stop string
         self.may_stop: dict[int, bool] = {}
+        self.letter = tokenizer.encode("a").ids if stop else []
 
     def reason(self, answer: Answer, prompt: Sequence[int]) -> str | None:
         """Why the answer ends with its last token; sets its text if it does."""
@@ -247,11 +251,14 @@ class _Ending:
         return reason
 
     def _stops(self, answer: Answer, prompt: Sequence[int]) -> bool:
-        token, tail = answer.ids[-1], answer.ids[-self.window :]  # only the tail can hold a stop string that was not there before
+        ids, token = answer.ids, answer.ids[-1]
         if token not in self.may_stop:  # whether one can end in this token: it has its last character, or an unfinished one
-            text = self.tokenizer.decode_after(prompt, [token])
+            text = self.tokenizer.decode_after(self.letter, [token])
             self.may_stop[token] = not text or "\ufffd" in text or any(s[-1] in text for s in self.stop)
-        text = self.tokenizer.decode_after([*prompt, *answer.ids][: -len(tail)], tail) if self.may_stop[token] else ""
+        if not self.may_stop[token]:
+            return False
+        tail = self.tokenizer.whole_from(ids, len(ids) - self.window)  # before it nothing is new
+        text = self.tokenizer.decode_after([*prompt, *ids[:tail]], ids[tail:])
         return any(s in text for s in self.stop)
 
 
@@ -270,7 +277,6 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """Continue each prompt; returns the new text alone. Prompts are plain text with the chat form, if any, already in it
     (`tokenizer.render`); they get exactly one BOS. temperature 0 is greedy. settings: see `stream`."""
-    stop = (stop,) if isinstance(stop, str) else stop
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     settings = {"stop": stop, "stop_ids": tokenizer.stop_ids(), "seed": seed, **settings}
     return [answer.text for answer in generate_ids(model, ids, tokenizer, max_new_tokens, temperature, top_p, **settings)]

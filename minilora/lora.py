@@ -118,9 +118,11 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str,
 
 def fold(model: nn.Module) -> None:
     """Add every adapter to the 16- or 32-bit weight under it, in fp32, rounded once, and take it away: decoding then costs
-    what the base costs. Equals merge.py's weights."""
+    what the base costs. Equals merge.py's weights. Adapters over quantised weights stay."""
     for path, layer in list(lora_layers(model)):
         weight = layer.base_layer.weight
+        if not weight.is_floating_point():
+            continue
         weight.data = merged_weight(weight.data, layer.lora_A.data, layer.lora_B.data, layer.scaling).to(weight.dtype)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base_layer)

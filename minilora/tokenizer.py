@@ -234,8 +234,14 @@ class Tokenizer:
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Text that `ids` add after `prompt`, its leading space kept."""
-        context = [i for i in prompt[-4:] if i not in (self.bos_id, self.eos_id)]
+        context = [i for i in prompt[self.whole_from(prompt, len(prompt) - 4) :] if i not in (self.bos_id, self.eos_id)]
         return self.decode([*context, *ids])[len(self.decode(context)) :]
+
+    def whole_from(self, ids: Sequence[int], start: int) -> int:
+        """The nearest place at or before `start` where no character begins in one token and ends in another."""
+        while start > 0 and "\ufffd" in self.decode(ids[start : start + 1]):
+            start -= 1
+        return max(start, 0)
 
     def stop_ids(self) -> set[int]:
         """Every id that ends an answer: EOS, what generation_config.json adds, and what ends a turn in the chat template

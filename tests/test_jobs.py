@@ -38,8 +38,8 @@ from test_infer import ARTICLES, FORMATS, NEW_TOKENS, TEXT, answer, ask, base_of
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 60  # seconds for whatever a process is waited for
 ROWS = [{"id": f"r{i}", "title": f"t{i * 7} 서울", "abstract": "x " * (i % 13)} for i in range(200)]
-SAMPLED = {"temperature": 0.7, "max_new_tokens": 24}
-SHORT = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "stop": ()}
+SAMPLED: dict = {"temperature": 0.7, "max_new_tokens": 24}
+SHORT: dict = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "stop": ()}
 SETTINGS = ".settings.json"
 
 
@@ -306,8 +306,8 @@ def test_settings_without_rows_bind_nobody(tmp_path: Path):
 
 # --- a job that goes on ---
 
-FEW = [{"id": f"질문 {i}", "title": f"t{i} 서울", "abstract": "x"} for i in range(6)]
-STOPPED = {"temperature": 0.7, "max_new_tokens": 8, "stop": ()}
+FEW: list[dict] = [{"id": f"질문 {i}", "title": f"t{i} 서울", "abstract": "x"} for i in range(6)]
+STOPPED: dict = {"temperature": 0.7, "max_new_tokens": 8, "stop": ()}
 
 
 @pytest.fixture
@@ -359,7 +359,10 @@ def test_other_settings_are_refused(name: str, job: SimpleNamespace, monkeypatch
     assert job.target.read_bytes() == job.data
 
 
-@pytest.mark.parametrize("what", ["the adapter", "the base under it"])
+WRITTEN = {"the adapter, anew": 10**9, "the adapter, an older one": -(10**15), "the base under it": 10**9}  # nanoseconds
+
+
+@pytest.mark.parametrize("what", WRITTEN)
 def test_another_model_is_refused(what: str, checkpoint: Path, base: Path, tmp_path: Path):
     """Also one written in place of the first."""
     below = shutil.copytree(base, tmp_path / "base")
@@ -370,12 +373,11 @@ def test_another_model_is_refused(what: str, checkpoint: Path, base: Path, tmp_p
     run(model, source, target, **STOPPED)
     with pytest.raises(UserError, match=r"other settings \(model: "):
         run(checkpoint, source, target, **STOPPED)
-    weights = model / "adapter_model.safetensors" if what == "the adapter" else below / "model.safetensors"
+    weights = model / "adapter_model.safetensors" if "adapter" in what else below / "model.safetensors"
     stat = weights.stat()
-    for later in (10**9, -(10**15)):
-        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
-        with pytest.raises(UserError, match=r"other settings \(written: "):
-            run(model, source, target, **STOPPED)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + WRITTEN[what]))
+    with pytest.raises(UserError, match=r"other settings \(written: "):
+        run(model, source, target, **STOPPED)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     run(model, source, target, **STOPPED)
 
@@ -392,7 +394,11 @@ def test_rows_may_be_added(job: SimpleNamespace, checkpoint: Path, tmp_path: Pat
 
 
 def test_rows_may_not_change(job: SimpleNamespace):
-    changes = {"abstract changed": {"abstract": "y"}, "note changed": {"note": 1}, "is not in the input": {"id": "other"}}
+    changes: dict[str, dict] = {
+        "abstract changed": {"abstract": "y"},
+        "note changed": {"note": 1},
+        "is not in the input": {"id": "other"},
+    }
     for message, change in changes.items():
         with pytest.raises(UserError, match=message) as error:
             job.go([*FEW[:2], FEW[2] | change, *FEW[3:]])
@@ -420,7 +426,11 @@ def test_a_row_may_not_change_though_only_a_later_sample_is_there(job: SimpleNam
         job.go([FEW[0] | {"abstract": "y"}, *FEW[1:]], num_samples=2)
 
 
-COLUMNS = {"an earlier answer": {"generated": "old"}, "not a number": {"score": math.nan}, "a sample": {"sample": 4}}
+COLUMNS: dict[str, dict] = {
+    "an earlier answer": {"generated": "old"},
+    "not a number": {"score": math.nan},
+    "a sample": {"sample": 4},
+}
 
 
 @pytest.mark.parametrize("case", COLUMNS)
@@ -493,21 +503,27 @@ def test_several_samples(checkpoint: Path, tmp_path: Path):
 
 
 def test_fold(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The same texts, with the adapter in 16- or 32-bit weights or beside them; and never in quantised weights."""
-    real, folded = infer.fold, []
-    monkeypatch.setattr(infer, "fold", lambda model: (folded.append(1), real(model)))
+    """The same texts, with the adapter in 16- or 32-bit weights or beside them."""
+    folded: list = []
+    monkeypatch.setattr(infer, "fold", lambda model, real=infer.fold: folded.append(real(model)))
     for options in (SHORT, SHORT | {"temperature": 1.0}):
         assert ask(checkpoint, FEW, tmp_path, **options) == ask(checkpoint, FEW, tmp_path, fold=False, **options)
     assert len(folded) == 2
-    over4 = shutil.copytree(checkpoint, tmp_path / "over 4 bits")  # as a run with model.bits=4 leaves it
-    state = json.loads((over4 / "trainer_state.json").read_text())
-    state["config"]["model"]["bits"] = 4
-    (over4 / "trainer_state.json").write_text(json.dumps(state))
-    model, tokenizer = minilora.load(str(checkpoint), bits=4)
+
+
+@pytest.mark.parametrize("over", [16, 4, 8])
+def test_no_adapter_goes_into_quantised_weights(over: int, checkpoint: Path, tmp_path: Path):
+    """Asked for, or those that the adapter was trained over."""
+    directory = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    state = json.loads((directory / "trainer_state.json").read_text())
+    state["config"]["model"]["bits"] = over  # as such a run leaves it
+    (directory / "trainer_state.json").write_text(json.dumps(state))
+    bits = 4 if over == 16 else over
+    model, tokenizer = minilora.load(str(checkpoint), bits=bits)
     prompts = [tokenizer.render(user(f"Title: {r['title']}\n{r['abstract']}"), add_generation_prompt=True) for r in FEW]
     expected = minilora.generate(model, tokenizer, prompts, NEW_TOKENS)
     assert expected != [r["generated"] for r in ask(checkpoint, FEW, tmp_path)]
-    for directory, options in ((checkpoint, {"bits": 4}), (checkpoint, {"bits": 4, "fold": False}), (over4, {})):
+    for options in ({"bits": bits}, {"bits": bits, "fold": False}) if over == 16 else ({},):
         assert [r["generated"] for r in ask(directory, FEW, tmp_path, **options)] == expected
 
 
@@ -576,7 +592,7 @@ MADE = [
     "Main -> A -> B\nMain -> A\nx -> x\n", "Main -> A -> D\nMain -> Z\nno path\n", "Main -> E -> F\n", "G -> C\nC -> G\nC -> G\n",
 ]  # fmt: skip
 TUNED = ["Main -> A -> B\nMain -> A -> Z\n", "Main -> A -> D\nMain -> D\n", "Main -> A -> D\n", "Main -> C\nMain -> C -> A\n"]
-ROWS_OF_PATHS = [{"id": i, "title": f"t{i}", "abstract": "a", "paths": paths} for i, paths in enumerate(PATHS)]
+ROWS_OF_PATHS: list[dict] = [{"id": i, "title": f"t{i}", "abstract": "a", "paths": paths} for i, paths in enumerate(PATHS)]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from minilora.generate import FEW_ROWS, NUCLEUS, KVCache, _linear, few_rows, gen
 from minilora.lora import fold, init_adapters, inject
 from minilora.model import CausalLM
 from test_generate import model_over, randomise, script, theirs, tokenizer, tokenizer_named
-from test_merge import adapter_of, base_of, merged, tensors_of
+from test_merge import adapter_of, base_of, merged, tensors_of, update_of
 from tiny_models import VOCAB, WINDOW, in_bfloat16, ours, tiny
 from tiny_tokenizers import BUILDERS
 
@@ -158,6 +158,10 @@ def test_folding_in_bfloat16_gives_the_weights_of_merge(family: str, tmp_path: P
     assert state.keys() == written.keys()
     assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, written[name]) for name, tensor in state.items())
     before = tensors_of(base)
+    for name, tensor in state.items():  # rounded once
+        update = update_of(adapter, name)
+        exact = before[name].double() + (0 if update is None else update)
+        assert ((tensor.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
     assert sum(not torch.equal(state[name], before[name]) for name in before) == 2 * 7  # the linear layers of two blocks
 
 
