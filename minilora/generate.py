@@ -77,6 +77,7 @@ class Step:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         n, cache = self.running, self.cache.layers[layer]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # else SDPA takes its slow path
         cache[0][self.slots, :, self.positions] = k
         cache[1][self.slots, :, self.positions] = v
         parts = []
@@ -210,11 +211,11 @@ def _logits_at(rows: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] times the transposed weight [out, in]. On a CPU in 16 bits, few rows are multiplied from the other side, and
-    one row as two: for these shapes oneDNN then reads the weight up to twice as fast."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not 0 < len(x) <= FEW_ROWS:
+    """x [T, in] times the transposed weight [out, in]. On a CPU in bfloat16 one row is a matrix-vector product, and a few are
+    multiplied from the other side: the weight is then read up to twice as fast."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype or len(x) > FEW_ROWS:
         return F.linear(x, weight)
-    return (weight @ (x if len(x) > 1 else x.expand(2, -1)).t())[:, : len(x)].t()
+    return torch.mv(weight, x[0]).unsqueeze(0) if len(x) == 1 else (weight @ x.t()).t()
 
 
 def few_rows(model: nn.Module, on: bool) -> None:
@@ -222,6 +223,8 @@ def few_rows(model: nn.Module, on: bool) -> None:
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
         out = _linear(x, layer.weight)
+        if layer.out_features <= layer.in_features:  # wider ones (gate, up) go through elementwise steps alone, in any layout
+            out = out.contiguous()
         return out if layer.bias is None else out + layer.bias
 
     for layer in model.modules():
