@@ -7,10 +7,11 @@ command; under torchrun each process answers its share. --metrics and --judge th
 
 import dataclasses
 import datetime
+import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,8 +29,8 @@ from minilora.evaluation.loss import loss_and_ppl, loss_sums
 from minilora.generate import stream
 from minilora.lora import fold
 from minilora.model import CausalLM
-from minilora.running.examples import RowError, ask, question, reference
-from minilora.running.jobs import Job, Key, read_rows
+from minilora.running.examples import RowError, ask, question, reference, string_of
+from minilora.running.jobs import Job, Key, numbered, read_rows
 from minilora.running.reading import table, tokenise_file
 from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
@@ -105,22 +106,26 @@ class Args:
 
 
 def main(args: Args) -> int:
-    check(args)
+    check(args := dataclasses.replace(args))  # load fills its defaults in
     rubric = judge.check(args.judge, args.judge_model, args.rubric or "") if args.judge else None
     if args.input is None:
         return ask_once(args, args.prompt) if args.prompt is not None else chat(args)
     rows = numbered(args.input)
+    if args.metrics:
+        references_of(args.input, rows, training_format(args, None))  # a row without one shows now
     keys: list[Key] = [(row["id"], sample) for _, row in rows for sample in range(args.num_samples)]
     dist.init(dist.default_device(), timeout=datetime.timedelta(days=7))  # shares take their own time
     job = Job(args.output or "", settings_of(args), keys)
-    for number, row in rows:
-        answered = job.done.get((row["id"], 0), row)
-        if changed := [name for name in row if answered.get(name) != row[name]]:
+    for (number, row), sample in itertools.product(rows, range(args.num_samples)):
+        both = answered(args, row, sample, ""), job.done.get((row["id"], sample), {})
+        now, then = ({k: json.dumps(v) for k, v in columns.items() if k != "generated"} for columns in both)
+        if then and (changed := [k for k in now | then if now.get(k) != then.get(k)]):
             raise UserError(f"{args.input}:{number}: {changed[0]} changed since {args.output} was begun: name another --output")
     loaded = None
     todo = [i for i, key in enumerate(keys) if key not in job.done]
     if todo:
-        dist.log(f"{len(keys) - len(todo)} of {len(keys)} answers are there already" if len(todo) < len(keys) else "")
+        if len(todo) < len(keys):
+            dist.log(f"{len(keys) - len(todo)} of {len(keys)} answers are there already")
         loaded = load(args)
         stopped = answer_rows(args, rows, todo, job, *loaded)
         if stopped:
@@ -136,53 +141,48 @@ def main(args: Args) -> int:
 
 def check(args: Args) -> None:
     """Refuse what contradicts itself, before the model is loaded."""
-    if args.prompt is not None and args.input is not None:
-        raise UserError("give either --prompt TEXT or --input FILE.jsonl --output FILE.jsonl")
-    if (args.input is None) != (args.output is None):
-        raise UserError("--input and --output go together")
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output: the directory of {args.output!r} does not exist")
-    if args.output is not None and Path(args.output).is_dir():
-        raise UserError(f"--output: {args.output!r} is a directory; name a file in it")
-    if args.input is not None and not Path(args.input).is_file():
-        raise UserError(f"--input: {args.input!r} does not exist")
-    if args.input is not None and Path(args.input).resolve() == Path(args.output or "").resolve():
-        raise UserError("--output: is the same file as --input")
-    if "" in (args.stop or ()):
-        raise UserError("--stop: an empty string would end every answer at once")
-    if (args.temperature or 0) < 0 or not 0 < (1 if args.top_p is None else args.top_p) <= 1 or args.top_k < 0:
-        raise UserError("temperature and top_k must be >= 0, top_p in (0, 1]")
-    least = min(1 if args.max_new_tokens is None else args.max_new_tokens, args.num_samples, args.batch_size, args.judge_requests)
-    if least < 1 or args.repetition_penalty <= 0 or (args.max_time or 1) <= 0:
-        raise UserError("max_new_tokens, num_samples, batch_size and judge_requests must be at least 1, "
-                        "repetition_penalty and max_time above 0")  # fmt: skip
-    if args.input is None and (args.metrics or args.judge):
-        raise UserError("--metrics and --judge need --input and --output")
-    if args.judge is None and (args.judge_model or args.rubric):
-        raise UserError("--judge_model and --rubric need --judge URL")
-    if args.judge is not None and not args.rubric:
-        raise UserError("--judge needs --rubric FILE: see examples/rubric.json")
+    source, target, top_p = args.input, Path(args.output or ""), 1 if args.top_p is None else args.top_p
+    longest = 1 if args.max_new_tokens is None else args.max_new_tokens
+    least = min(longest, args.num_samples, args.batch_size, args.judge_requests)
+    problems = [
+        (args.prompt is not None and source, "give either --prompt TEXT or --input FILE.jsonl --output FILE.jsonl"),
+        ((source is None) != (args.output is None), "--input and --output go together"),
+        (not target.absolute().parent.is_dir(), f"--output: the directory of {args.output!r} does not exist"),
+        (args.output and target.is_dir(), f"--output: {args.output!r} is a directory; name a file in it"),
+        (source is not None and not Path(source).is_file(), f"--input: {source!r} does not exist"),
+        (source and Path(source).resolve() == target.resolve(), "--output: is the same file as --input"),
+        ("" in (args.stop or ()), "--stop: an empty string would end every answer at once"),
+        (not 0 <= (args.temperature or 0) < float("inf"), "--temperature must be >= 0"),
+        (min(args.seed, args.top_k) < 0 or not 0 < top_p <= 1, "--seed and --top_k must be >= 0, --top_p in (0, 1]"),
+        (least < 1, "--max_new_tokens, --num_samples, --batch_size and --judge_requests must be at least 1"),
+        (args.repetition_penalty <= 0 or (args.max_time or 1) <= 0, "--repetition_penalty and --max_time must be above 0"),
+        (args.max_time == 0, "--max_time must be above 0"),
+        (source is None and (args.metrics or args.judge), "--metrics and --judge need --input and --output"),
+        (args.judge is None and (args.judge_model or args.rubric), "--judge_model and --rubric need --judge URL"),
+        (args.judge and not args.rubric, "--judge needs --rubric FILE: see examples/rubric.json"),
+        (args.prune_on and "graph" not in args.metrics, "--prune_on needs --metrics graph"),
+        (args.prune_on and not Path(args.prune_on).is_file(), f"--prune_on: {args.prune_on!r} does not exist"),
+    ]  # fmt: skip
+    for wrong, message in problems:
+        if wrong:
+            raise UserError(message)
     metrics.check(args.metrics, "--metrics")
-    if args.prune_on is not None and ("graph" not in args.metrics or not Path(args.prune_on).is_file()):
-        raise UserError(f"--prune_on {args.prune_on!r}: needs --metrics graph, and must be a file")
 
 
-def numbered(path: str) -> list[tuple[int, dict]]:
-    """(line number, row) of a file; a row without an id gets its place. Raises UserError for an id that comes twice."""
-    rows = [(number, {"id": i, **row}) for i, (number, row) in enumerate(read_rows(path))]
-    first: dict = {}
-    for number, row in rows:
-        if not isinstance(row["id"], str | int) or row["id"] in first:
-            why = f"also in line {first[row['id']]}" if isinstance(row["id"], str | int) else "neither text nor integer"
-            raise UserError(f'{path}:{number}: "id": {row["id"]!r} is {why}: answers could not be told apart')
-        first[row["id"]] = number
-    return rows
+def answered(args: Args, row: dict, sample: int, text: str) -> dict:
+    """A row of the output."""
+    row = {k: v for k, v in row.items() if k not in ("sample", "generated")}  # of an earlier output
+    return {**row, **({"sample": sample} if args.num_samples > 1 else {}), "generated": text}
 
 
 def settings_of(args: Args) -> dict:
     """What the answers are a function of, beside the rows: the settings, and when the model's files were last written."""
-    files = [f for name in (args.model, args.adapter) if name for f in Path(name).glob("*.safetensors")]
-    return {name: getattr(args, name) for name in DECIDES} | {"written": max((f.stat().st_mtime_ns for f in files), default=0)}
+    places = [Path(name) for name in (args.model, args.adapter) if name]
+    for place in list(places):
+        if (place / "adapter_config.json").is_file():
+            places.append(Path(read_json(place / "adapter_config.json").get("base_model_name_or_path") or ""))
+    weights = [f for place in places for f in sorted(place.glob("*model*.safetensors"))]
+    return {name: getattr(args, name) for name in DECIDES} | {"written": [f.stat().st_mtime_ns for f in weights]}
 
 
 def load(args: Args) -> tuple[CausalLM, Tokenizer, DataConfig]:
@@ -190,7 +190,7 @@ def load(args: Args) -> tuple[CausalLM, Tokenizer, DataConfig]:
     model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, args.bits, revision=args.revision)
     if args.fold:
         fold(model)
-    data = DataConfig(format="prompt", chat=False) if args.raw else training_format(args, tokenizer)
+    data = training_format(args, tokenizer)
     for name, value in (PATHS_DEFAULTS if data.format == "paths" else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -213,6 +213,8 @@ def answer_rows(
     for number, row in rows:
         try:
             prompts.append(tokenizer.encode(ask(row, data, tokenizer)).ids)
+            if not prompts[-1]:
+                raise RowError("malformed", "the prompt is empty: there is nothing to continue")
         except RowError as error:
             raise UserError(f"{args.input}:{number}: {error}") from error
     longest_first = sorted(todo, key=lambda i: -len(prompts[i // args.num_samples]))
@@ -226,13 +228,12 @@ def answer_rows(
                     continue
                 cut += answer.finish_reason == "length"
                 place, sample = divmod(mine[at], args.num_samples)
-                row = {**rows[place][1], **({"sample": sample} if args.num_samples > 1 else {}), "generated": answer.text}
-                job.add(row)
+                job.add(answered(args, rows[place][1], sample, answer.text))
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
             return True
-    if cut:
+    if cut := sum(map(sum, dist.gather_objects([cut]))):
         dist.log(f"{cut} answers were cut off at {args.max_new_tokens} tokens (--max_new_tokens)")
     return False
 
@@ -262,13 +263,14 @@ def chat(args: Args) -> int:
             turns = [] if line.strip() else turns
             continue
         turns.append({"role": "user", "content": line})
-        prompt = tokenizer.render(turns, add_generation_prompt=True) if data.chat else line
+        chat = data.chat and data.format != "text"
+        prompt = tokenizer.render(turns, add_generation_prompt=True) if chat else line
         ids, shown = tokenizer.encode(prompt).ids, ""
         held = max(map(len, args.stop or ()), default=1) - 1  # these last characters may begin a stop string
         try:
             for _, answer in answers_to(args, model, tokenizer, [ids], [len(turns)]):
                 text = answer.text if answer.finish_reason else tokenizer.decode_after(ids, answer.ids)
-                safe = len(text) if answer.finish_reason else len(text.rstrip("\ufffd")) - held
+                safe = len(text) if answer.finish_reason else max(0, len(text.rstrip("\ufffd")) - held)
                 print(text[len(shown) : safe], end="", flush=True)
                 shown = text[: max(safe, len(shown))]
         except KeyboardInterrupt:
@@ -282,15 +284,14 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
     out = Path(args.output or "")
     data = loaded[2] if loaded else training_format(args, None)
     if args.metrics:
-        try:
-            texts, references = [row["generated"] for row in answers], [reference(row, data) for row in answers]
-        except RowError as error:
-            raise UserError(f"--metrics needs what each answer should be: {args.input}: {error}") from error
+        texts, references = [row["generated"] for row in answers], [reference(row, data) for row in answers]
         figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
         if {"loss", "ppl"} & set(args.metrics):
             model, tokenizer, data = loaded or load(args)
             documents = tokenise_file(args.input or "", data, tokenizer)
             dist.log(table(documents.counts))
+            if not len(documents):
+                raise UserError(f"--metrics loss: no row of {args.input} is left to compute it over")
             starts = range(0, len(documents), args.batch_size)
             order = np.argsort(documents.lengths, kind="stable")
             sums = loss_sums(model, documents, [order[s : s + args.batch_size] for s in starts], model.head_weight.device)
@@ -298,9 +299,10 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
         if "graph" in args.metrics:
             thresholds = None
             if args.prune_on:
-                tuning = [row for _, row in read_rows(args.prune_on)]
-                made, wanted = (graph.build(t) for t in ([r["generated"] for r in tuning], [reference(r, data) for r in tuning]))
-                thresholds, best = graph.search(made, wanted)
+                tuning = read_rows(args.prune_on)
+                wanted = references_of(args.prune_on, tuning, data)
+                made = references_of(args.prune_on, tuning, data, lambda row, _: string_of(row, "generated"))
+                thresholds, best = graph.search(graph.build(made), graph.build(wanted))
                 dist.log(f"pruning: {thresholds}, edge F1 {best:.4f} on {args.prune_on}")
             found, paths = graph.score(texts, references, thresholds)
             figures |= {f"graph/{k}": v for k, v in found.items()}
@@ -316,8 +318,21 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
         out.with_name(out.stem + ".judge.json").write_text(json.dumps(summary._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
+def references_of(path: str, rows: list[tuple[int, dict]], data: DataConfig, of: Callable = reference) -> list[str]:
+    """What the answers to a file's rows should be. Raises UserError naming file, line and field."""
+    texts = []
+    for number, row in rows:
+        try:
+            texts.append(of(row, data))
+        except RowError as error:
+            raise UserError(f"{path}:{number}: --metrics needs what each answer should be: {error}") from error
+    return texts
+
+
 def training_format(args: Args, tokenizer: Tokenizer | None) -> DataConfig:
     """The data settings of the run that made the model or adapter; else prompts, in the model's chat form if it has one."""
+    if args.raw:
+        return DataConfig(format="prompt", chat=False)
     for directory in filter(None, (args.adapter, args.model)):
         for name, path in ((STATE, ("config", "data")), ("minilora.json", ("data",))):
             if (Path(directory) / name).is_file():

@@ -81,14 +81,7 @@ def fill_template(template: str, row: dict) -> str:
 
 def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
     """`Title: ...` and the abstract -> the category paths, one a line (OLLM's prompt)."""
-    paths = row.get("paths")
-    if not isinstance(paths, list) or not all(isinstance(p, list) and p for p in paths):
-        raise RowError("malformed", '"paths": expected a list of non-empty lists of strings')
-    for i, path in enumerate(paths):
-        for j, node in enumerate(path):
-            if not isinstance(node, str) or not node.strip() or "\n" in node or ARROW in node:
-                raise RowError("malformed", f'"paths"[{i}][{j}]: {node!r} is not a name (a string without newline or "{ARROW}")')
-    prompt = article(row)
+    paths, prompt = paths_of(row), article(row)
     nodes, at = [], 0
     for path in paths:
         for j, node in enumerate(path):
@@ -97,6 +90,18 @@ def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
             at += len(node) + (len(ARROW) if j + 1 < len(path) else 1)
     response = "".join(ARROW.join(path) + "\n" for path in paths)
     return _prompt_response(prompt if data.chat else prompt + "\n", response, data, tokenizer, nodes, path_edges(paths))
+
+
+def paths_of(row: dict) -> list[list[str]]:
+    """The paths of a row of format paths."""
+    paths = row.get("paths")
+    if not isinstance(paths, list) or not all(isinstance(p, list) and p for p in paths):
+        raise RowError("malformed", '"paths": expected a list of non-empty lists of strings')
+    for i, path in enumerate(paths):
+        for j, node in enumerate(path):
+            if not isinstance(node, str) or not node.strip() or "\n" in node or ARROW in node:
+                raise RowError("malformed", f'"paths"[{i}][{j}]: {node!r} is not a name (a string without newline or "{ARROW}")')
+    return paths
 
 
 def article(row: dict) -> str:
@@ -262,9 +267,10 @@ def reference(row: dict, data: DataConfig) -> str:
             raise RowError("malformed", '"messages": the last turn is not the assistant\'s')
         return turns[-1]["content"]
     if data.format == "text":
-        return string_of(row, "text").rpartition(data.response_marker or "\0")[2]
+        _, marker, response = string_of(row, "text").rpartition(data.response_marker or "\0")
+        if data.response_marker and not marker:
+            raise RowError("no response marker", f'"text" does not contain data.response_marker {data.response_marker!r}')
+        return response
     if data.format == "paths":
-        if not isinstance(row.get("paths"), list):
-            raise RowError("malformed", '"paths" is missing or no list')
-        return "".join(ARROW.join(path) + "\n" for path in row["paths"])
+        return "".join(ARROW.join(path) + "\n" for path in paths_of(row))
     return fill_template(data.response_template, row)

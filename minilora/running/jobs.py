@@ -36,6 +36,18 @@ def read_rows(path: str | Path) -> list[tuple[int, dict]]:
     return rows
 
 
+def numbered(path: str) -> list[tuple[int, dict]]:
+    """(line number, row) of a file; a row without an id gets its place. Raises UserError for an id that comes twice."""
+    rows = [(number, {"id": i, **row}) for i, (number, row) in enumerate(read_rows(path))]
+    first: dict = {}
+    for number, row in rows:
+        if not isinstance(row["id"], str | int) or row["id"] in first:
+            why = f"also in line {first[row['id']]}" if isinstance(row["id"], str | int) else "neither text nor integer"
+            raise UserError(f'{path}:{number}: "id": {row["id"]!r} is {why}: answers could not be told apart')
+        first[row["id"]] = number
+    return rows
+
+
 def key_of(row: dict) -> Key:
     return row.get("id", ""), row.get("sample", 0)
 
@@ -64,7 +76,7 @@ class Job:
     def add(self, row: dict) -> None:
         """Append a finished row; from here on a kill does not lose it."""
         if self.file is None:
-            _replace(self.settings_path, json.dumps(self.settings, indent=2, ensure_ascii=False))
+            _replace(self.settings_path, json.dumps(self.settings, indent=2).encode())
             self.file = self.part.open("a", encoding="utf-8")
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
@@ -79,12 +91,14 @@ class Job:
             self._repair()
             rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._read().values()]
             if rows:
-                _replace(self.path, "".join(rows))
+                _replace(self.path, "".join(rows).encode())
         dist.barrier()
         return list(self._read().values())
 
     def _parts(self) -> list[Path]:
-        return [p for p in (self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))) if p.is_file()]
+        return [
+            p for p in (self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank[0-9]*"))) if p.is_file()
+        ]
 
     def _check_settings(self) -> None:
         """Refuse to go on with an output of other settings."""
@@ -109,7 +123,7 @@ class Job:
             if data != kept:
                 dist.log(f"{part}: the last line is torn ({len(data) - len(kept)} bytes): that row is done again")
         if contents != whole or parts not in ([], [self.path]):
-            _replace(self.path, b"".join(whole).decode("utf-8"))
+            _replace(self.path, b"".join(whole))
         for part in parts:
             if part != self.path:
                 part.unlink()
@@ -127,7 +141,7 @@ class Job:
         return {key: found[key] for key in self.wanted if key in found}
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{dist.rank()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
