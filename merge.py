@@ -27,7 +27,7 @@ from minilora.config import LoraConfig, ModelConfig, UserError
 from minilora.dist import WHOLE
 from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
 from minilora.model import CausalLM, DecoderConfig
-from minilora.running.directory import write_atomically
+from minilora.running.directory import save_config, write_atomically
 from minilora.running.settings import run_main
 from minilora.tokenizer import TOKENIZER_FILES
 from minilora.weights import (
@@ -36,7 +36,6 @@ from minilora.weights import (
     read_named,
     read_tensor,
     resolve,
-    save_config,
     weight_map,
     write_safetensors,
 )

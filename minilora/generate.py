@@ -98,11 +98,6 @@ class Answer:
     text: str = ""
     finish_reason: str | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether it has come to an end of its own."""
-        return self.finish_reason == "stop"
-
 
 def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor, top_k: int = 0) -> Tensor:
     """Next token int64 [S] from logits [S, V]; draws fp32 [S], uniform in [0, 1), decide.
@@ -155,10 +150,9 @@ def stream(
     """Continue each prompt (token ids) until an end token, a stop string or max_new_tokens; yields (its place, its answer)
     each time an answer has grown by a token. The text is there once `finish_reason` is.
 
-    The longest prompts come first, batch_size at a time. A sample's randomness is a function of (seed, its index; default:
-    its place), so it does not depend on the batch. The text ends before the stop string; end tokens are kept in `ids` and
-    not in `text`. max_time: seconds after which no more passes begin. together: other processes hold parts of the model
-    and decode prompts of their own, so all take the same number of passes. Raises UserError for an empty prompt.
+    The longest prompts come first. A sample's randomness is a function of (seed, its index; default: its place), whatever the
+    batch. The text ends before the stop string; end tokens are in `ids` alone. max_time: seconds after which no pass begins.
+    together: other processes hold parts of the model and decode prompts of their own, in as many passes. Raises UserError.
     """
     if batch_size < 1 or not 0 < top_p <= 1 or "" in stop:
         raise UserError("batch_size must be at least 1, top_p in (0, 1], and a stop string not empty")
@@ -258,10 +252,8 @@ class _Ending:
         if token not in self.may_stop:  # whether one can end in this token: it has its last character, or an unfinished one
             text = self.tokenizer.decode_after(self.letter, [token])
             self.may_stop[token] = not text or "\ufffd" in text or any(s[-1] in text for s in self.stop)
-        if not self.may_stop[token]:
-            return False
         tail = self.tokenizer.whole_from(ids, len(ids) - self.window)  # before it nothing is new
-        text = self.tokenizer.decode_after([*prompt, *ids[:tail]], ids[tail:])
+        text = self.tokenizer.decode_after([*prompt, *ids[:tail]], ids[tail:]) if self.may_stop[token] else ""
         return any(s in text for s in self.stop)
 
 

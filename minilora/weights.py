@@ -225,10 +225,3 @@ def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype, place: W
         files = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def save_config(directory: Path, raw: dict, dtype: torch.dtype) -> None:
-    """config.json with the dtype that the weights beside it have, under the name its own version uses."""
-    key = "dtype" if "dtype" in raw else "torch_dtype"
-    raw = {**raw, key: str(dtype).removeprefix("torch.")}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

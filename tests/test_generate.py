@@ -286,7 +286,7 @@ def test_answers_end_before_a_stop_string(name: str, monkeypatch: pytest.MonkeyP
         answer = scripted(monkeypatch, tokens, ids, stop=("not there", stop))
         assert answer.text == SAID[: SAID.index(stop)], repr(stop)
         needed = next(n for n in range(1, len(ids) + 1) if stop in tokens.decode_after(question, ids[:n]))
-        assert answer.ids == ids[:needed] and answer.finished, repr(stop)
+        assert answer.ids == ids[:needed] and answer.finish_reason == "stop", repr(stop)
 
 
 @pytest.mark.parametrize("stop", [("end", "rt", "Ar"), ("Art\n", "Ar", "rt")])
@@ -308,13 +308,13 @@ def test_eos_ends_an_answer_and_is_not_in_its_text(name: str, monkeypatch: pytes
     assert tokens.eos_id is not None
     ids = [*said_ids(tokens), tokens.eos_id]
     answer = scripted(monkeypatch, tokens, [*ids, *ids])
-    assert (answer.text, answer.ids, answer.finished) == (SAID, ids, True)
+    assert (answer.text, answer.ids, answer.finish_reason) == (SAID, ids, "stop")
 
 
 def test_an_answer_that_does_not_end(monkeypatch: pytest.MonkeyPatch):
     tokens = tokenizer_named("qwen")
     answer = scripted(monkeypatch, tokens, said_ids(tokens)[:5])
-    assert len(answer.ids) == 5 and answer.text and SAID.startswith(answer.text) and not answer.finished
+    assert len(answer.ids) == 5 and answer.text and SAID.startswith(answer.text) and answer.finish_reason == "length"
 
 
 def test_stop_ids_of_generation_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -431,7 +431,7 @@ def assert_all_end(directory: Path, rows: list[dict], end: str) -> None:
     ids = [tokens.encode(text).ids for text in asked]
     answers = generate_ids(model, ids, tokens, max_new_tokens=50, stop_ids=tokens.stop_ids())
     assert [answer.text for answer in answers] == [row["completion"] for row in rows]
-    assert all(answer.finished and answer.ids[-1] == tokens.specials[end] for answer in answers)
+    assert all(answer.finish_reason == "stop" and answer.ids[-1] == tokens.specials[end] for answer in answers)
     assert minilora.generate(model, tokens, asked, max_new_tokens=50) == [row["completion"] for row in rows]
 
     hf = AutoModelForCausalLM.from_pretrained(directory)

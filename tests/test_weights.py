@@ -27,12 +27,12 @@ from minilora import weights
 from minilora.build import build_model
 from minilora.config import UserError
 from minilora.model import CausalLM, DecoderConfig
+from minilora.running.directory import save_config
 from minilora.weights import (
     draw_weights,
     load_weights,
     read_json,
     resolve,
-    save_config,
     save_weights,
     weight_map,
     write_safetensors,

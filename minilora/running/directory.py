@@ -22,7 +22,7 @@ from minilora.lora import adapter_state
 from minilora.running.settings import leaves
 from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.tokenizer import Tokenizer
-from minilora.weights import read_json, save_config, save_weights
+from minilora.weights import read_json, save_weights
 
 # config fields that may change between a run and its continuation: they do not bend what has been trained so far
 FREE_TO_CHANGE = (
@@ -152,6 +152,13 @@ def save(
     if dist.rank() == 0:
         _check_space(directory)
     write_atomically(directory, write)
+
+
+def save_config(directory: Path, raw: dict, dtype: torch.dtype) -> None:
+    """config.json with the dtype that the weights beside it have, under the name its own version uses."""
+    key = "dtype" if "dtype" in raw else "torch_dtype"
+    raw = {**raw, key: str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_space(directory: Path) -> None:

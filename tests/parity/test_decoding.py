@@ -328,7 +328,7 @@ def test_what_max_time_leaves_is_the_beginning(max_time: float, batch_size: int,
     assert max(len(answer.ids) for answer in cut) == passes
     for answer, full in zip(cut, whole, strict=True):
         if answer.finish_reason is None:
-            assert answer.ids == full.ids[: len(answer.ids)] and answer.text == "" and not answer.finished
+            assert answer.ids == full.ids[: len(answer.ids)] and answer.text == "" and answer.finish_reason is None
             assert len(answer.ids) < len(full.ids)
         else:
             assert answer == full
