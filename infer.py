@@ -34,7 +34,7 @@ from minilora.running.jobs import Job, Key, numbered, read_rows
 from minilora.running.reading import table, tokenise_file
 from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
-from minilora.weights import read_json
+from minilora.weights import read_json, resolve
 
 DEFAULTS = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "stop": ()}
 PATHS_DEFAULTS = {"max_new_tokens": 1024, "temperature": 0.1, "top_p": 0.9, "stop": ("\n\n",)}  # OLLM's (arXiv 2410.23584)
@@ -177,10 +177,10 @@ def answered(args: Args, row: dict, sample: int, text: str) -> dict:
 
 def settings_of(args: Args) -> dict:
     """What the answers are a function of, beside the rows: the settings, and when the model's files were last written."""
-    places = [Path(name) for name in (args.model, args.adapter) if name]
-    for place in list(places):
-        if (place / "adapter_config.json").is_file():
-            places.append(Path(read_json(place / "adapter_config.json").get("base_model_name_or_path") or ""))
+    places = [resolve(args.model, args.revision), *([resolve(args.adapter)] if args.adapter else [])]
+    for config in [place / "adapter_config.json" for place in places]:
+        if config.is_file() and Path(base := read_json(config).get("base_model_name_or_path") or "").is_dir():
+            places.append(Path(base))
     weights = [f for place in places for f in sorted(place.glob("*model*.safetensors"))]
     return {name: getattr(args, name) for name in DECIDES} | {"written": [f.stat().st_mtime_ns for f in weights]}
 
@@ -333,10 +333,10 @@ def training_format(args: Args, tokenizer: Tokenizer | None) -> DataConfig:
     """The data settings of the run that made the model or adapter; else prompts, in the model's chat form if it has one."""
     if args.raw:
         return DataConfig(format="prompt", chat=False)
-    for directory in filter(None, (args.adapter, args.model)):
+    for directory in (*([resolve(args.adapter)] if args.adapter else []), resolve(args.model, args.revision)):
         for name, path in ((STATE, ("config", "data")), ("minilora.json", ("data",))):
-            if (Path(directory) / name).is_file():
-                values = read_json(Path(directory) / name)
+            if (directory / name).is_file():
+                values = read_json(directory / name)
                 for key in path:
                     values = values[key]
                 known = {f.name for f in dataclasses.fields(DataConfig)}

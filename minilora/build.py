@@ -145,7 +145,7 @@ def load(
     PEFT adapter directory or hub id to put on it; bits: 16, 8 (LLM.int8), 4 (NF4), or None for what the adapter was
     trained over, or the model is stored in. Logits: `model(tokens, lengths)`. Raises UserError.
     """
-    directory = resolve(name_or_dir, revision)
+    directory, adapter = resolve(name_or_dir, revision), str(resolve(adapter)) if adapter else None
     if (directory / "adapter_config.json").is_file():
         if adapter is not None:
             raise UserError(f"{name_or_dir} is an adapter itself: name its base as the model, or leave out adapter={adapter!r}")

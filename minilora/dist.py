@@ -11,11 +11,11 @@ from torch import Tensor, nn
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
-def init(device: torch.device, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
+def init(device: torch.device, timeout: datetime.timedelta | None = None) -> None:
     """Join torchrun's process group, if there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, timeout=timeout)
+        torch_dist.init_process_group(backend, timeout=timeout or COLLECTIVE_TIMEOUT)
 
 
 def rank() -> int:
