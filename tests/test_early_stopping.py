@@ -142,3 +142,16 @@ def test_no_figure_is_no_improvement():
     config.metric_for_best_model = "rougeL"
     state = TrainerState(best={"step": 1, "metric": "eval/a/rougeL", "value": 0.5})
     assert not state.note_evaluation({"eval/a/rougeL": 0.4}, config) and state.note_evaluation({"eval/a/rougeL": 0.6}, config)
+
+
+def test_another_figure_begins_anew():
+    config = tiny_runs.Config().train
+    config.metric_for_best_model = "loss"
+    state = TrainerState(step=3, best={"step": 2, "metric": "eval/a/rougeL", "value": 0.5})
+    assert state.note_evaluation({"eval/a/loss": 9.0}, config)
+    assert (
+        state.best == {"step": 3, "metric": "eval/a/loss", "value": 9.0}
+        and "checkpoint-final, eval/a/loss 9" in state.best_text()
+    )
+    state.step = 4
+    assert not state.note_evaluation({"eval/a/loss": 9.5}, config) and "checkpoint-3" in state.best_text()

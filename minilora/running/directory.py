@@ -54,6 +54,8 @@ class TrainerState:
             return False
         metric = next((key for key in reversed(figures) if key.endswith(f"/{name}")), name)
         value, sign = figures.get(metric, math.nan), -1 if metrics.lower_is_better(metric) else 1
+        if metric in figures and self.best.get("metric") != metric:
+            self.best = {}  # there is none, or it was chosen by another figure
         better = not math.isnan(value) and (not self.best or sign * value > sign * self.best["value"])
         if better:
             self.best = {"step": self.step, "metric": metric, "value": value}
@@ -64,7 +66,8 @@ class TrainerState:
         return train.early_stopping_patience is not None and self.worse >= train.early_stopping_patience
 
     def best_text(self) -> str:
-        return "; best: checkpoint-{step}, {metric} {value:.4g}".format(**self.best) if self.best else ""
+        name = "final" if self.best.get("step") == self.step else self.best.get("step")
+        return "; best: checkpoint-{}, {metric} {value:.4g}".format(name, **self.best) if self.best else ""
 
 
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
