@@ -146,10 +146,8 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documen
     if data.eval_file:
         held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
         eval_sets["out_of_domain"] = (held_out, held_out.sample(data.eval_size, config.seed))
-    if (
-        config.eval.metrics and config.eval.num_generate_samples
-    ):  # a target that a metric cannot read shows now, not at the first evaluation
-        targets = [tokenizer.decode(target) for _, target in questions(config, eval_sets)]
+    targets = [tokenizer.decode(target) for _, target in questions(config, eval_sets)]
+    if config.eval.metrics and targets:  # one that a metric cannot read shows now, not at the first evaluation
         metrics.score(config.eval.metrics, targets, targets)
     rows = read_json(base / "config.json").get("vocab_size") or 0
     largest = max(int(d.tokens.max()) for d, _ in eval_sets.values())

@@ -149,9 +149,7 @@ def test_another_figure_begins_anew():
     config.metric_for_best_model = "loss"
     state = TrainerState(step=3, best={"step": 2, "metric": "eval/a/rougeL", "value": 0.5})
     assert state.note_evaluation({"eval/a/loss": 9.0}, config)
-    assert (
-        state.best == {"step": 3, "metric": "eval/a/loss", "value": 9.0}
-        and "checkpoint-final, eval/a/loss 9" in state.best_text()
-    )
+    assert state.best == {"step": 3, "metric": "eval/a/loss", "value": 9.0}
+    assert "checkpoint-final, eval/a/loss 9" in state.best_text()
     state.step = 4
     assert not state.note_evaluation({"eval/a/loss": 9.5}, config) and "checkpoint-3" in state.best_text()
