@@ -7,11 +7,13 @@ command; under torchrun each process answers its share. --metrics and --judge th
 
 import dataclasses
 import datetime
+import io
 import itertools
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,14 +24,13 @@ import tyro
 
 import minilora
 from minilora import dist
-from minilora.checkpoint import STATE
-from minilora.config import DataConfig, UserError
+from minilora.config import DataConfig, RunError, UserError
 from minilora.evaluation import graph, judge, metrics
 from minilora.evaluation.loss import loss_and_ppl, loss_sums
 from minilora.generate import stream
 from minilora.lora import fold
 from minilora.model import CausalLM
-from minilora.running.examples import RowError, ask, question, reference, string_of
+from minilora.running.examples import RowError, ask, question, reference, references_of, string_of, trained_format
 from minilora.running.jobs import Job, Key, numbered, read_rows
 from minilora.running.reading import table, tokenise_file
 from minilora.running.settings import run_main
@@ -38,7 +39,7 @@ from minilora.weights import read_json, resolve
 
 DEFAULTS = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "stop": ()}
 PATHS_DEFAULTS = {"max_new_tokens": 1024, "temperature": 0.1, "top_p": 0.9, "stop": ("\n\n",)}  # OLLM's (arXiv 2410.23584)
-# what decides an answer; another batch size does not
+# what decides an answer; another batch size does not, but for rounding
 DECIDES = (
     "model", "adapter", "revision", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop",
     "num_samples", "seed", "raw", "dtype", "bits", "fold",
@@ -70,13 +71,13 @@ class Args:
     repetition_penalty: float = 1.0
     """Above 1, tokens seen in the prompt or answer become less likely (CTRL, arXiv 1909.05858)."""
     stop: tuple[str, ...] | None = None
-    """Answers end before any of these strings (default none; an empty line for paths)."""
+    """Answers end before any of these strings (default none; an empty line for paths). A newline: --stop $'\\n'."""
     max_time: float | None = None
     """Stop after so many seconds; the same command goes on later."""
     num_samples: int = 1
     """Answers per prompt."""
     batch_size: int = 16
-    """Answers decoded together; no answer depends on it."""
+    """Answers decoded together; in float32 no answer depends on it, in 16 bits rounding does."""
     seed: int = 0
     """Each sample's randomness is a function of the seed and its number."""
     raw: bool = False
@@ -91,7 +92,7 @@ class Args:
     """Branch, tag or commit on the hub."""
     metrics: tuple[str, ...] = ()
     """Compare the answers with the rows' own: loss ppl exact_match bleu chrf rouge meteor edit_distance numeric graph. Printed
-    and written to metrics.json beside the output; graph also writes the answers' paths to graph.json."""
+    and written to OUTPUT.metrics.json; graph also writes the answers' paths as a graph, to OUTPUT.graph.json."""
     prune_on: str | None = None
     """With --metrics graph: answers to an evaluation set (an earlier --output). The pruning thresholds (OLLM's) with the best
     edge F1 there are applied here."""
@@ -111,8 +112,11 @@ def main(args: Args) -> int:
     if args.input is None:
         return ask_once(args, args.prompt) if args.prompt is not None else chat(args)
     rows = numbered(args.input)
-    if args.metrics:
-        references_of(args.input, rows, training_format(args, None))  # a row without one shows now
+    if not rows:
+        raise UserError(f"--input: {args.input!r} has no rows")
+    if args.metrics:  # a row without a reference, or one that a metric cannot read, shows now
+        references = references_of(args.input, rows, trained_format(args.model, args.adapter, args.revision, args.raw))
+        metrics.score([m for m in args.metrics if m in ("numeric", "graph")], references, references)
     keys: list[Key] = [(row["id"], sample) for _, row in rows for sample in range(args.num_samples)]
     dist.init(dist.default_device(), timeout=datetime.timedelta(days=7))  # shares take their own time
     job = Job(args.output or "", settings_of(args), keys)
@@ -127,7 +131,10 @@ def main(args: Args) -> int:
         if len(todo) < len(keys):
             dist.log(f"{len(keys) - len(todo)} of {len(keys)} answers are there already")
         loaded = load(args)
-        stopped = answer_rows(args, rows, todo, job, *loaded)
+        try:
+            stopped = answer_rows(args, rows, todo, job, *loaded)
+        except OSError as error:
+            raise RunError(f"{args.output}: {error}; what is answered is kept, and the same command goes on") from error
         if stopped:
             print(f"stopped: {args.output} keeps what is answered; the same command goes on", file=sys.stderr)
             return 130
@@ -149,14 +156,16 @@ def check(args: Args) -> None:
         ((source is None) != (args.output is None), "--input and --output go together"),
         (not target.absolute().parent.is_dir(), f"--output: the directory of {args.output!r} does not exist"),
         (args.output and target.is_dir(), f"--output: {args.output!r} is a directory; name a file in it"),
+        (args.output and target.exists() and not target.is_file(), f"--output: {args.output!r} is no regular file"),
+        (args.output and not os.access(target.resolve().parent, os.W_OK), f"--output: {args.output!r} cannot be written there"),
         (source is not None and not Path(source).is_file(), f"--input: {source!r} does not exist"),
         (source and Path(source).resolve() == target.resolve(), "--output: is the same file as --input"),
         ("" in (args.stop or ()), "--stop: an empty string would end every answer at once"),
         (not 0 <= (args.temperature or 0) < float("inf"), "--temperature must be >= 0"),
         (min(args.seed, args.top_k) < 0 or not 0 < top_p <= 1, "--seed and --top_k must be >= 0, --top_p in (0, 1]"),
         (least < 1, "--max_new_tokens, --num_samples, --batch_size and --judge_requests must be at least 1"),
-        (args.repetition_penalty <= 0 or (args.max_time or 1) <= 0, "--repetition_penalty and --max_time must be above 0"),
-        (args.max_time == 0, "--max_time must be above 0"),
+        (not 0 < args.repetition_penalty < float("inf"), "--repetition_penalty must be above 0"),
+        (args.max_time is not None and not args.max_time > 0, "--max_time must be above 0"),
         (source is None and (args.metrics or args.judge), "--metrics and --judge need --input and --output"),
         (args.judge is None and (args.judge_model or args.rubric), "--judge_model and --rubric need --judge URL"),
         (args.judge and not args.rubric, "--judge needs --rubric FILE: see examples/rubric.json"),
@@ -187,10 +196,13 @@ def settings_of(args: Args) -> dict:
 
 def load(args: Args) -> tuple[CausalLM, Tokenizer, DataConfig]:
     """The model, its tokenizer, and the form of its training; sampling defaults are filled in."""
+    named = read_json(resolve(args.adapter) / "adapter_config.json").get("base_model_name_or_path") if args.adapter else None
+    if named and Path(named).resolve() != Path(args.model).resolve():
+        dist.log(f"note: the adapter {args.adapter} was trained over {named}, not over {args.model}")
     model, tokenizer = minilora.load(args.model, args.adapter, args.dtype, args.bits, revision=args.revision)
     if args.fold:
         fold(model)
-    data = training_format(args, tokenizer)
+    data = trained_format(args.model, args.adapter, args.revision, args.raw, tokenizer)
     for name, value in (PATHS_DEFAULTS if data.format == "paths" else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -217,6 +229,9 @@ def answer_rows(
                 raise RowError("malformed", "the prompt is empty: there is nothing to continue")
         except RowError as error:
             raise UserError(f"{args.input}:{number}: {error}") from error
+    longest, context = max(map(len, prompts)), model.config.rope.get("max_position_embeddings") or float("inf")
+    if longest > context:
+        dist.log(f"note: the longest prompt has {longest} tokens, more than the {context} positions the model was made for")
     longest_first = sorted(todo, key=lambda i: -len(prompts[i // args.num_samples]))
     mine = longest_first[dist.rank() :: dist.world_size()]
     tokens, cut, began = 0, 0, time.monotonic()
@@ -248,7 +263,11 @@ def ask_once(args: Args, prompt: str) -> int:
 
 def chat(args: Args) -> int:
     """Read a line, stream the answer, and so on; the conversation so far is part of each question."""
+    if sys.stdin is None:
+        raise UserError("nothing to read from: give --prompt, or --input and --output")
     model, tokenizer, data = load(args)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         import readline  # noqa: F401 - line editing and history for input()
 
@@ -282,7 +301,7 @@ def chat(args: Args) -> int:
 def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict | None) -> None:
     """Metrics and verdicts of the answers: printed, and written beside them."""
     out = Path(args.output or "")
-    data = loaded[2] if loaded else training_format(args, None)
+    data = loaded[2] if loaded else trained_format(args.model, args.adapter, args.revision, args.raw)
     if args.metrics:
         texts, references = [row["generated"] for row in answers], [reference(row, data) for row in answers]
         figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
@@ -295,7 +314,7 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
             starts = range(0, len(documents), args.batch_size)
             order = np.argsort(documents.lengths, kind="stable")
             sums = loss_sums(model, documents, [order[s : s + args.batch_size] for s in starts], model.head_weight.device)
-            figures |= {k: v for k, v in loss_and_ppl(sums).items() if k in args.metrics}
+            figures |= {k: v for k, v in loss_and_ppl(sums).items() if k in args.metrics} | {"loss/rows": len(documents)}
         if "graph" in args.metrics:
             thresholds = None
             if args.prune_on:
@@ -306,42 +325,17 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
                 dist.log(f"pruning: {thresholds}, edge F1 {best:.4f} on {args.prune_on}")
             found, paths = graph.score(texts, references, thresholds)
             figures |= {f"graph/{k}": v for k, v in found.items()}
-            graph.write(paths, out.with_name("graph.json"))
+            graph.write(paths, out.with_name(out.stem + ".graph.json"))
         print(metrics.table(figures))
-        out.with_name("metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        out.with_name(out.stem + ".metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if rubric is not None:
         verdicts = out.with_name(out.stem + ".judge.jsonl")
         summary = judge.judge(
             out, verdicts, args.judge or "", args.judge_model, rubric, lambda row: question(row, data), args.judge_requests
         )
         print(summary.table())
-        out.with_name(out.stem + ".judge.json").write_text(json.dumps(summary._asdict(), indent=2) + "\n", encoding="utf-8")
-
-
-def references_of(path: str, rows: list[tuple[int, dict]], data: DataConfig, of: Callable = reference) -> list[str]:
-    """What the answers to a file's rows should be. Raises UserError naming file, line and field."""
-    texts = []
-    for number, row in rows:
-        try:
-            texts.append(of(row, data))
-        except RowError as error:
-            raise UserError(f"{path}:{number}: --metrics needs what each answer should be: {error}") from error
-    return texts
-
-
-def training_format(args: Args, tokenizer: Tokenizer | None) -> DataConfig:
-    """The data settings of the run that made the model or adapter; else prompts, in the model's chat form if it has one."""
-    if args.raw:
-        return DataConfig(format="prompt", chat=False)
-    for directory in (*([resolve(args.adapter)] if args.adapter else []), resolve(args.model, args.revision)):
-        for name, path in ((STATE, ("config", "data")), ("minilora.json", ("data",))):
-            if (directory / name).is_file():
-                values = read_json(directory / name)
-                for key in path:
-                    values = values[key]
-                known = {f.name for f in dataclasses.fields(DataConfig)}
-                return DataConfig(**{k: v for k, v in values.items() if k in known})
-    return DataConfig(format="prompt", chat=tokenizer is not None and tokenizer.has_template)
+        plain = json.loads(json.dumps(summary._asdict()), parse_constant=lambda nan: None)  # the spread of one answer
+        out.with_name(out.stem + ".judge.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

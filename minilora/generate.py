@@ -108,7 +108,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor, top_
     """
     if temperature == 0:
         return logits.max(dim=-1).indices  # argmax, several times faster on a CPU
-    probabilities = (logits.float() / temperature).softmax(dim=-1)  # [S, V]
+    probabilities = ((logits.float() - logits.max()) / temperature).softmax(dim=-1)  # [S, V]
     vocabulary = probabilities.shape[1]
     head, order = probabilities.topk(min(top_k or NUCLEUS, vocabulary))
     if top_k or vocabulary <= NUCLEUS:
@@ -150,9 +150,9 @@ def stream(
     """Continue each prompt (token ids) until an end token, a stop string or max_new_tokens; yields (its place, its answer)
     each time an answer has grown by a token. The text is there once `finish_reason` is.
 
-    The longest prompts come first. A sample's randomness is a function of (seed, its index; default: its place), whatever the
-    batch. The text ends before the stop string; end tokens are in `ids` alone. max_time: seconds after which no pass begins.
-    together: other processes hold parts of the model and decode prompts of their own, in as many passes. Raises UserError.
+    The longest prompts come first. A sample's randomness is a function of (seed, its index; default: its place), not of the
+    batch (in 16 bits rounding is). The text ends before the stop string; end tokens are in `ids` alone. max_time: seconds after
+    which no pass begins. together: others hold parts of the model and decode prompts of their own, in as many passes.
     """
     if batch_size < 1 or not 0 < top_p <= 1 or "" in stop:
         raise UserError("batch_size must be at least 1, top_p in (0, 1], and a stop string not empty")

@@ -568,14 +568,14 @@ def test_metrics(name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFi
     source = write_rows(tmp_path / "in.jsonl", rows)
     capsys.readouterr()
     run(model, source, target, metrics=("ppl", *asked, "loss"), batch_size=3, **SHORT)
-    figures = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    figures = json.loads((tmp_path / "answers.metrics.json").read_text(encoding="utf-8"))
     assert capsys.readouterr().out == metrics.table(figures) + "\n"
     losses = [loss for row in rows for loss in token_losses(model, name, row)]
     assert figures.pop("loss") == pytest.approx(statistics.fmean(losses), rel=1e-4)
     assert figures.pop("ppl") == pytest.approx(math.exp(statistics.fmean(losses)), rel=1e-3)
     texts, references = [row["generated"] for row in read_rows(target)], [WANTED[name](row) for row in rows]
-    assert figures == {"answers": len(rows), **metrics.score(asked, texts, references)}
-    assert (tmp_path / "graph.json").exists() == (name == "paths")
+    assert figures == {"answers": len(rows), "loss/rows": len(rows), **metrics.score(asked, texts, references)}
+    assert (tmp_path / "answers.graph.json").exists() == (name == "paths")
 
 
 def answered(args: infer.Args, texts: list[str]) -> None:
@@ -609,10 +609,10 @@ def test_graph_of_answers_that_are_there(graph_args: infer.Args, tmp_path: Path,
     monkeypatch.setattr(minilora, "load", None)
     assert infer.main(graph_args) == 0
     references = [WANTED["paths"](row) for row in ROWS_OF_PATHS]
-    figures = json.loads((tmp_path / "metrics.json").read_text())
+    figures = json.loads((tmp_path / "out.metrics.json").read_text())
     assert figures == {"answers": 4, **metrics.score(graph_args.metrics, MADE, references)}
     assert figures["graph/lines"] == 10 and figures["graph/well_formed"] == 0.9 and figures["exact_match"] == 0.25
-    edges = {(u, v): n for u, v, n in graph.read(tmp_path / "graph.json").edges(data="weight")}
+    edges = {(u, v): n for u, v, n in graph.read(tmp_path / "out.graph.json").edges(data="weight")}
     assert edges[("Main", "A")] == 3 and edges[("C", "G")] == 2 and edges[("x", "x")] == 1 and len(edges) == 9
 
 
@@ -627,9 +627,9 @@ def test_thresholds_are_found_on_the_evaluation_answers(graph_args: infer.Args, 
     assert own != found != graph.Thresholds()
     figures, pruned = graph.score(MADE, references, found)
     assert f"edge F1 {best:.4f}" in capsys.readouterr().err
-    written = json.loads((tmp_path / "metrics.json").read_text())
+    written = json.loads((tmp_path / "out.metrics.json").read_text())
     assert {key: written[key] for key in written if "graph/" in key} == {f"graph/{key}": figures[key] for key in figures}
-    assert sorted(graph.read(tmp_path / "graph.json").edges(data=True)) == sorted(pruned.edges(data=True))
+    assert sorted(graph.read(tmp_path / "out.graph.json").edges(data=True)) == sorted(pruned.edges(data=True))
     assert 0 < len(pruned.edges) < figures["edges"]
 
 
@@ -659,8 +659,8 @@ def test_metrics_of_raw_prompts(checkpoint: Path, tmp_path: Path):
     found = []
     for _ in range(2):
         run(checkpoint, source, tmp_path / "out.jsonl", raw=True, metrics=("edit_distance",), **SHORT)
-        found.append((tmp_path / "metrics.json").read_bytes())
-        (tmp_path / "metrics.json").unlink()
+        found.append((tmp_path / "out.metrics.json").read_bytes())
+        (tmp_path / "out.metrics.json").unlink()
     assert found[0] == found[1]
 
 
@@ -831,3 +831,79 @@ def test_chat_over_a_terminal(base: Path, tmp_path: Path):
     finally:
         terminal.process.kill()
         os.close(terminal.master)
+
+
+# --- one writer at a time, and what else a shell can do ---
+
+
+def test_two_commands_do_not_write_one_output(tmp_path: Path):
+    """The second is refused while the first lives; a kill gives the output free."""
+    file = tmp_path / "out.jsonl"
+    code = (
+        f"from minilora.running.jobs import Job; job = Job({str(file)!r}, {{}}, [('a', 0)]); print('held', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"out\.jsonl: another command is writing"):
+            Job(file, {}, [("a", 0)])
+        holder.kill()
+        holder.wait()
+    assert Job(file, {}, [("a", 0)]).finish() == []
+
+
+def test_an_output_that_is_a_link_stays_one(checkpoint: Path, tmp_path: Path):
+    source, real, link = write_rows(tmp_path / "in.jsonl", FEW), tmp_path / "elsewhere" / "real.jsonl", tmp_path / "out.jsonl"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    run(checkpoint, source, link, **SHORT)
+    assert link.is_symlink() and len(read_rows(real)) == len(FEW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "/dev/null"}, "no regular file"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"max_time": float("nan")}, "max_time"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"input": "empty.jsonl"}, "no rows"),
+    ],
+)
+def test_odd_arguments_are_refused(
+    changes: dict, message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in.jsonl", FEW)
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match=message):
+        infer.main(infer.Args(str(checkpoint), **{"input": "in.jsonl", "output": "out.jsonl", **changes}))
+    assert names(tmp_path) == ["empty.jsonl", "in.jsonl"]
+
+
+def test_a_reference_without_number_is_refused_before_anything_is_asked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    monkeypatch.setattr(minilora, "load", None)
+    source = write_rows(tmp_path / "in.jsonl", [{**row, "paths": [["Main", "no number"]]} for row in FEW])
+    with pytest.raises(UserError, match="numeric: reference 1"):
+        run(checkpoint, source, tmp_path / "out.jsonl", metrics=("numeric",), **SHORT)
+
+
+def test_the_wrong_base_and_too_long_prompts_are_said(
+    checkpoint: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):  # fmt: skip
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    source = write_rows(tmp_path / "in.jsonl", [FEW[0], {**FEW[1], "abstract": "long " * 3000}])
+    run(other, source, tmp_path / "out.jsonl", adapter=str(checkpoint), **SHORT)
+    said = capsys.readouterr().err
+    assert f"was trained over {base}" in said and "the longest prompt has" in said
+
+
+def test_bytes_that_are_no_text_and_a_reader_that_leaves(checkpoint: Path):
+    command = [sys.executable, "infer.py", str(checkpoint), "--max_new_tokens", "4"]
+    chat = subprocess.run(command, cwd=ROOT, input=b"bad \xff\xfe\nok\n", capture_output=True, timeout=120)
+    assert chat.returncode == 0 and chat.stdout.count(b"\n") >= 2, chat.stderr.decode()
+    shell = f"{' '.join(command)} --prompt hi | true; exit ${{PIPESTATUS[0]}}"
+    left = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, timeout=120)
+    assert left.returncode in (0, 141) and b"Traceback" not in left.stderr, left.stderr.decode()

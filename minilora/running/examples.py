@@ -6,11 +6,13 @@ ever found by searching token ids, so no example is lost because a name does not
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from minilora.checkpoint import STATE
 from minilora.config import DataConfig, UserError
 from minilora.labels import Edge, Span, path_edges
 from minilora.tokenizer import Tokenizer
+from minilora.weights import read_json, resolve
 
 ARROW = " -> "
 
@@ -274,3 +276,31 @@ def reference(row: dict, data: DataConfig) -> str:
     if data.format == "paths":
         return "".join(ARROW.join(path) + "\n" for path in paths_of(row))
     return fill_template(data.response_template, row)
+
+
+def references_of(path: str, rows: list[tuple[int, dict]], data: DataConfig, of: Callable = reference) -> list[str]:
+    """What the answers to a file's rows should be. Raises UserError naming file, line and field."""
+    texts = []
+    for number, row in rows:
+        try:
+            texts.append(of(row, data))
+        except RowError as error:
+            raise UserError(f"{path}:{number}: --metrics needs what each answer should be: {error}") from error
+    return texts
+
+
+def trained_format(
+    model: str, adapter: str | None, revision: str | None, raw: bool, tokenizer: Tokenizer | None = None
+) -> DataConfig:  # fmt: skip
+    """The data settings of the run that made the model or adapter; else prompts, in the model's chat form if it has one."""
+    if raw:
+        return DataConfig(format="prompt", chat=False)
+    for directory in (*([resolve(adapter)] if adapter else []), resolve(model, revision)):
+        for name, path in ((STATE, ("config", "data")), ("minilora.json", ("data",))):
+            if (directory / name).is_file():
+                values = read_json(directory / name)
+                for key in path:
+                    values = values[key]
+                known = {f.name for f in fields(DataConfig)}
+                return DataConfig(**{k: v for k, v in values.items() if k in known})
+    return DataConfig(format="prompt", chat=tokenizer is not None and tokenizer.has_template)

@@ -5,11 +5,15 @@ answers. Processes after the first write OUT.jsonl.rank1, ...; the first puts th
 """
 
 import glob
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
+
+import filelock
 
 from minilora import dist
 from minilora.config import UserError
@@ -61,12 +65,19 @@ class Job:
         All processes call it together; nothing new is written before the first `add`. Raises UserError if the file is
         another job's.
         """
-        self.path, self.wanted = Path(output), list(wanted)
+        self.path, self.wanted = Path(output).resolve(), list(wanted)
         self.settings_path = self.path.with_name(self.path.name + ".settings.json")
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read
         self.part = self.path.with_name(f"{self.path.name}.rank{dist.rank()}") if dist.rank() else self.path
         self.file: IO[str] | None = None
+        name = hashlib.sha256(str(self.path).encode()).hexdigest()[:16]
+        # one writer at a time; a kill gives it up, and so does the end of the process
+        self.lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"minilora-{name}.lock", is_singleton=True)
         if dist.rank() == 0:
+            try:
+                self.lock.acquire(blocking=False)
+            except filelock.Timeout as error:
+                raise UserError(f"{self.path}: another command is writing to it: wait for it, or name another file") from error
             self._check_settings()
             self._repair()
         dist.barrier()
@@ -92,6 +103,7 @@ class Job:
             rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._read().values()]
             if rows:
                 _replace(self.path, "".join(rows).encode())
+            self.lock.release(force=True)
         dist.barrier()
         return list(self._read().values())
 

@@ -171,6 +171,9 @@ def run_main(main: typing.Callable[[], int | None]) -> typing.NoReturn:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except RuntimeError as error:
         if dist.world_size() == 1 or not LOST.search(f"{type(error).__name__} {error}"):
             raise
