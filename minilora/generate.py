@@ -108,7 +108,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor, top_
     """
     if temperature == 0:
         return logits.max(dim=-1).indices  # argmax, several times faster on a CPU
-    probabilities = ((logits.float() - logits.max()) / temperature).softmax(dim=-1)  # [S, V]
+    highest = logits.amax(dim=-1, keepdim=True)  # so that no temperature is too low
+    probabilities = ((logits.float() - highest) / temperature).softmax(dim=-1)  # [S, V]
     vocabulary = probabilities.shape[1]
     head, order = probabilities.topk(min(top_k or NUCLEUS, vocabulary))
     if top_k or vocabulary <= NUCLEUS:
