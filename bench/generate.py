@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 import tyro
+from step import make_base, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {
@@ -56,19 +57,6 @@ def prompts_of(work: str, vocabulary: int) -> tuple[list[list[int]], list[int]]:
     count, _, _, share = WORK[work]
     prompts = [[rng.randrange(vocabulary) for _ in range(rng.randint(8, 64))] for _ in range(count)]
     return prompts, sorted(rng.sample(range(vocabulary), round(share * vocabulary)))
-
-
-def make_base(directory: Path, raw: dict) -> None:
-    """The random model as a Hugging Face checkpoint."""
-    sys.path.insert(0, str(ROOT))
-    from minilora.model import CausalLM, DecoderConfig
-    from minilora.weights import draw_weights, save_weights
-
-    with torch.device("meta"):
-        model = CausalLM(DecoderConfig.from_hf(raw))
-    draw_weights(model, torch.device("cpu"), torch.bfloat16, 0.02, 0)
-    save_weights(model, directory, torch.bfloat16)
-    (directory / "config.json").write_text(json.dumps({**raw, "architectures": ["LlamaForCausalLM"]}))
 
 
 def minilora_side(args: Args):
@@ -138,10 +126,6 @@ def measure(args: Args) -> dict:
         if products:
             rows[f"{work} limit"] = batch_size / products(batch_size)
     return rows
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):,.2f} ({min(values):,.2f} to {max(values):,.2f})"
 
 
 def main(args: Args) -> None:

@@ -57,17 +57,17 @@ def masked(document: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def make_base(directory: Path) -> None:
+def make_base(directory: Path, raw: dict = MODEL) -> None:
     """The random model as a Hugging Face checkpoint."""
     sys.path.insert(0, str(ROOT))
     from minilora.model import CausalLM, DecoderConfig
     from minilora.weights import draw_weights, save_weights
 
     with torch.device("meta"):
-        model = CausalLM(DecoderConfig.from_hf(MODEL))
+        model = CausalLM(DecoderConfig.from_hf(raw))
     draw_weights(model, torch.device("cpu"), torch.bfloat16, 0.02, 0)
     save_weights(model, directory, torch.bfloat16)
-    (directory / "config.json").write_text(json.dumps({**MODEL, "architectures": ["LlamaForCausalLM"]}))
+    (directory / "config.json").write_text(json.dumps({**raw, "architectures": ["LlamaForCausalLM"]}))
 
 
 def minilora_step(args: Args):

@@ -174,15 +174,15 @@ def stream(
             working = bool(waiting or slots) and time.monotonic() < deadline
             if dist.everyone(not working, device) if together else not working:
                 break
-            room = (batch_size - len(slots)) * working
-            new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+            new = [waiting.popleft() for _ in range(min((batch_size - len(slots)) * working, len(waiting)))]
             ids = [answers[i].ids[-1] for i in slots] + [token for i in new for token in prompts[i]]
             slots += new
             tokens = torch.tensor(ids or [0], device=device)  # a stand-in, while others have prompts left
-            attend = Step(cache, [len(prompts[i]) for i in new], device) if ids else PackedAttention([1], device)
-            last = torch.tensor([1] * (len(slots) - len(new)) + [len(prompts[i]) for i in new], device=device).cumsum(0) - 1
+            lengths = [len(prompts[i]) for i in new]
+            attend = Step(cache, lengths, device) if ids else PackedAttention([1], device)
+            ends = torch.tensor([1] * (len(slots) - len(new)) + lengths, device=device).cumsum(0) - 1 if new else None
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                logits = model(tokens, apply=partial(_logits_at, last if new else None), attend=attend)
+                logits = model(tokens, apply=partial(_logits_at, ends), attend=attend)
             if repetition_penalty != 1.0 and slots:
                 penalise(logits := logits.float(), ([*prompts[i], *answers[i].ids] for i in slots), repetition_penalty)
             draws = torch.tensor([generators[i].random(dtype=np.float32) for i in slots] or [0.0], device=device)
