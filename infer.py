@@ -32,7 +32,7 @@ from minilora.lora import fold
 from minilora.model import CausalLM
 from minilora.running.examples import RowError, ask, question, reference, references_of, string_of, trained_format
 from minilora.running.jobs import Job, Key, numbered, read_rows
-from minilora.running.reading import table, tokenise_file
+from minilora.running.reading import table, tokenise
 from minilora.running.settings import run_main
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json, resolve
@@ -307,7 +307,7 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
         figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
         if {"loss", "ppl"} & set(args.metrics):
             model, tokenizer, data = loaded or load(args)
-            documents = tokenise_file(args.input or "", data, tokenizer)
+            documents = tokenise([args.input or ""], data, tokenizer, "input")
             dist.log(table(documents.counts))
             if not len(documents):
                 raise UserError(f"--metrics loss: no row of {args.input} is left to compute it over")

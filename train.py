@@ -4,7 +4,6 @@
 below, or a noun of the package.
 """
 
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -17,25 +16,24 @@ from minilora import dist
 from minilora.build import Built, autocast_to, build_model
 from minilora.checkpoint import read_adapter
 from minilora.config import Config, TrainConfig, UserError
-from minilora.data import Documents, step_order
+from minilora.data import step_order
 from minilora.evaluation import metrics
 from minilora.evaluation.loss import loss_and_ppl, loss_sums
 from minilora.generate import generate_ids
 from minilora.lora import load_adapter_state
 from minilora.loss import cross_entropy_sum
 from minilora.model import Apply
-from minilora.running.cache import load_documents
+from minilora.running.datasets import EvalSets, chat_template, digest, load_data, questions
 from minilora.running.directory import TrainerState, find_checkpoint, prune, save, set_aside, start_directory
+from minilora.running.ema import EMA
 from minilora.running.settings import check_device, load_config, run_main
 from minilora.running.signals import StopSignal
 from minilora.running.training_state import load_training_tensors, training_tensors
-from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
+from minilora.tokenizer import Tokenizer
 from minilora.tracking import Tracker
 from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
-from minilora.weights import read_json, resolve
-
-EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
+from minilora.weights import resolve
 
 
 def main(config: Config) -> int:
@@ -60,7 +58,8 @@ def main(config: Config) -> int:
     torch.use_deterministic_algorithms(config.deterministic)
     built, parameters = build_trainable(config, checkpoint, base, device)
     model = built.model
-    optimizer = adamw(built, parameters, train, checkpoint)
+    ema = EMA(parameters, train.ema_decay)
+    optimizer = adamw(built, parameters, train, checkpoint, ema)
     start_directory(out, config)  # the first thing that is written: whatever is wrong with the input has been found
     resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
@@ -90,25 +89,27 @@ def main(config: Config) -> int:
                 group["lr"] = window.lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            ema.update(state.step)
 
             state.step += 1
             state.finished = state.step == total_steps
             tracker.step()
             stop.agree(state.step, device)
-            due = [state.finished or state.step % every == 0 for every in intervals(config)]
+            due = [state.finished or state.step % every == 0 for every in intervals(config, steps_per_epoch)]
             logging, evaluating, saving = due[0], due[1] and not stop.agreed, due[2] or stop.agreed
             if logging or evaluating or saving:
                 window.sync(state, out)  # the first look at the numbers: here the device is waited for
                 position = {"step": state.step, "epoch": state.step / steps_per_epoch}
                 if logging:
                     tracker.log(position | window.row(state))
-                if evaluating:
-                    figures = evaluate(config, built, tokenizer, eval_sets, tracker, position)
-                    saving |= state.note_evaluation(figures, train)  # the best so far is saved whenever it comes
-                    state.finished |= state.out_of_patience(train)
-                if saving or state.finished:
-                    name = save_checkpoint(config, built, tokenizer, state, optimizer, parameters, base)
-                    tracker.log(position | {"checkpoint": name})
+                with ema.applied():
+                    if evaluating:
+                        figures = evaluate(config, built, tokenizer, eval_sets, tracker, position)
+                        saving |= state.note_evaluation(figures, train)  # the best so far is saved whenever it comes
+                        state.finished |= state.out_of_patience(train)
+                    if saving or state.finished:
+                        name = save_checkpoint(config, built, tokenizer, state, optimizer, parameters, ema, base)
+                        tracker.log(position | {"checkpoint": name})
                 window.restart_clock()
     tracker.close()
     dist.finish()
@@ -127,42 +128,6 @@ def nothing_to_do(checkpoint: Path, state: TrainerState, total_steps: int, train
     if why:
         dist.log(f"{checkpoint} is finished, {state.step} steps, {why}: nothing to do (another output_dir starts a new run)")
     return bool(why)
-
-
-def chat_template(name: str | None) -> str | None:
-    """The chat template that data.chat_template names: "mistral", a jinja file, or None for the model's own."""
-    if name is None or name == "mistral":
-        return MISTRAL_TEMPLATE if name else None
-    if not Path(name).is_file():
-        raise UserError(f"data.chat_template: {name!r} is neither 'mistral' nor a file")
-    return Path(name).read_text(encoding="utf-8")
-
-
-def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documents, np.ndarray, EvalSets]:
-    """Training documents, which of them to use, and the evaluation sets. In-domain ones may be trained on (as in OLLM)."""
-    data = config.data
-    documents = load_documents(data.train_file, data, tokenizer, "train_file")
-    eval_sets = {"in_domain": (documents, documents.sample(data.eval_size, config.seed + 1))}
-    if data.eval_file:
-        held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
-        eval_sets["out_of_domain"] = (held_out, held_out.sample(data.eval_size, config.seed))
-    targets = [tokenizer.decode(target) for _, target in questions(config, eval_sets)]
-    if config.eval.metrics and targets:  # one that a metric cannot read shows now, not at the first evaluation
-        metrics.score(config.eval.metrics, targets, targets)
-    rows = read_json(base / "config.json").get("vocab_size") or 0
-    largest = max(int(d.tokens.max()) for d, _ in eval_sets.values())
-    if largest >= rows:  # a model is never resized silently
-        token = tokenizer.decode([largest], skip_special_tokens=False)
-        raise UserError(f"the tokenizer gives {token!r} the id {largest}, but {base}/config.json has a vocab_size of {rows}")
-    return documents, documents.sample(data.train_size, config.seed), eval_sets
-
-
-def digest(documents: Documents, chosen: np.ndarray) -> str:
-    """What the training rows are, so that a run is never continued on others."""
-    sha = hashlib.sha256()
-    for array in (documents.tokens, documents.supervised, documents.node, documents.offsets, documents.keep, chosen):
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()[:16]
 
 
 def build_trainable(
@@ -190,7 +155,7 @@ def build_trainable(
 
 
 def adamw(
-    built: Built, parameters: dict[str, nn.Parameter], train: TrainConfig, checkpoint: Path | None
+    built: Built, parameters: dict[str, nn.Parameter], train: TrainConfig, checkpoint: Path | None, ema: EMA
 ) -> torch.optim.Optimizer:
     """AdamW over all parameters, torch's or bitsandbytes', with the checkpoint's state; decay on matrices only."""
     groups = [
@@ -205,7 +170,7 @@ def adamw(
 
         optimizer = bitsandbytes_adamw(train.optimizer, groups, train.learning_rate)
     if checkpoint:
-        load_training_tensors(checkpoint, optimizer, parameters, built.place, dict(built.model.named_parameters()))
+        load_training_tensors(checkpoint, optimizer, parameters, built.place, dict(built.model.named_parameters()), ema)
     return optimizer
 
 
@@ -259,15 +224,10 @@ def finish_gradients(built: Built, parameters: dict[str, nn.Parameter], window: 
     return norm
 
 
-def intervals(config: Config) -> tuple[int, int, int]:
+def intervals(config: Config, steps_per_epoch: int) -> list[int]:
     """Optimizer steps between logs, evaluations and checkpoints."""
-    return config.train.logging_steps, config.eval.eval_steps, config.train.save_steps or config.eval.eval_steps
-
-
-def questions(config: Config, sets: EvalSets) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, target ids) of the rows of the last evaluation set that are answered at each evaluation."""
-    documents, which = list(sets.values())[-1]
-    return [documents.prompt_and_target(i) for i in which[: config.eval.num_generate_samples]]
+    every = config.train.logging_steps, config.eval.eval_steps, config.train.save_steps or config.eval.eval_steps
+    return [steps_per_epoch if n == "epoch" else n for n in every]
 
 
 def evaluate(
@@ -309,12 +269,12 @@ def evaluate(
 
 def save_checkpoint(
     config: Config, built: Built, tokenizer: Tokenizer, state: TrainerState, optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter], base: Path,
+    parameters: dict[str, nn.Parameter], ema: EMA, base: Path,
 ) -> str:  # fmt: skip
     """Write OUT/checkpoint-<step> or checkpoint-final, all processes together; returns its name."""
     out, name = Path(config.output_dir), "checkpoint-final" if state.finished else f"checkpoint-{state.step}"
     rounded = config.method == "full" and built.dtype != torch.float32  # what is saved of the fp32 masters
-    tensors = training_tensors(optimizer, parameters, keep_masters=rounded)
+    tensors = training_tensors(optimizer, parameters, keep_masters=rounded, ema=ema)
     save(out / name, built.model, tokenizer, config, built.lora, state, tensors, base, built.dtype, built.place)
     if dist.rank() == 0:
         prune(out, config.train.save_total_limit, state.best.get("step"))

@@ -42,20 +42,27 @@ class LoraConfig:
     """Linear layers that get an adapter, by name or dotted suffix. Each must match something."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha / sqrt(rank) (arXiv 2312.03732)."""
+    train_embeddings: bool = False
+    """Train embedding and head whole beside the adapters (PEFT's modules_to_save): for tokens that the base never learnt."""
     init_from: str | None = None
     """Start from this PEFT adapter (directory or hub id); its rank, alpha and targets replace the ones here."""
 
 
 @dataclass(slots=True)
 class DataConfig:
-    train_file: str = ""
-    """JSONL to train on, one object a line."""
+    train_file: str | tuple[str, ...] = ""
+    """What to train on: .jsonl, .json, .csv, .tsv (each also .gz) or .parquet, or a dataset of the hub,
+    owner/name[@revision][:split or glob]; one or several."""
+    train_weights: tuple[float, ...] = ()
+    """How often an epoch goes through each file of train_file: 2 is twice, 0.5 a half drawn with the seed (default: once)."""
     eval_file: str | None = None
-    """JSONL for the out-of-domain evaluation (in-domain is drawn from train_file)."""
+    """The same for the out-of-domain evaluation (in-domain is drawn from train_file)."""
     train_size: int | None = None
     """Train on this many rows, drawn with the seed (default: all)."""
     eval_size: int = 1024
     """Rows of each evaluation set, drawn with the seed."""
+    eval_first: bool = False
+    """Evaluate on the first eval_size rows of a file instead."""
     format: Literal["paths", "prompt", "messages", "text"] = "paths"
     """What a row holds. paths: title, abstract, paths. prompt: columns for the two templates below. messages: chat turns
     (role, content, optional train). text: text, supervised after response_marker, or everywhere without one."""
@@ -77,6 +84,9 @@ class DataConfig:
     """A longer document is dropped, has its prompt shortened (its response never), or stops the run."""
     shuffle: bool = True
     """A new order each epoch, a function of (seed, epoch) alone."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens that the tokenizer gets in addition. The model's rows for them are new (the mean of the others), so
+    lora.train_embeddings or method='full' is needed. Tokens that are there, reserved ones too, are simply used in the text."""
     strict: bool = False
     """Stop on the first row that would be dropped instead of counting it."""
     num_workers: int = 4
@@ -113,12 +123,15 @@ class TrainConfig:
     """Put documents of similar length into one step: steadier memory and step time."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass instead of keeping its activations."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights, e.g. 0.999; it is what is evaluated and saved. In the first
+    steps the decay is (1 + step) / (10 + step) where that is less."""
     compile: bool = False
     """torch.compile each block."""
     logging_steps: int = 50
     """Log a line of metrics every so many optimizer steps."""
-    save_steps: int | None = None
-    """Save a checkpoint every so many optimizer steps (default: eval.eval_steps)."""
+    save_steps: int | Literal["epoch"] | None = None
+    """Save a checkpoint every so many optimizer steps, or at each epoch's end (default: eval.eval_steps)."""
     save_total_limit: int | None = None
     """Keep only the newest so many step checkpoints (default: all)."""
     resume: str = "auto"
@@ -132,8 +145,10 @@ class TrainConfig:
 
 @dataclass(slots=True)
 class EvalConfig:
-    eval_steps: int = 500
-    """Evaluate every so many optimizer steps, and once at the end."""
+    eval_steps: int | Literal["epoch"] = 500
+    """Evaluate every so many optimizer steps, or at each epoch's end; and once at the end."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too."""
     batch_size: int = 32
     """Documents per device in an evaluation batch."""
     num_generate_samples: int = 5

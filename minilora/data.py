@@ -36,13 +36,15 @@ class Batch:
 
 @dataclass
 class Counts:
-    """What became of every line of a file."""
+    """What became of every line of some files."""
 
     name: str
     read: int = 0
     kept: int = 0
+    files: dict[str, int] = field(default_factory=dict)  # lines read of each, in order
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> file:line: message, one per row
     truncated: int = 0
+    split: int = 0  # documents beyond the first of a row
     straddling: int = 0  # tokens across the border of prompt and response, counted as prompt
 
 
@@ -54,7 +56,7 @@ class Documents:
     supervised: np.ndarray  # bool [T]
     node: np.ndarray  # int32 [T]: occurrence of an edge within the document whose node this token is part of, or -1
     offsets: np.ndarray  # int64 [documents + 1]
-    index: np.ndarray  # int64 [documents]: line in the file, from 0; the example's identity in every draw
+    index: np.ndarray  # int64 [documents]: line in the files, from 0; the example's identity in every draw
     keep: np.ndarray  # float64 [occurrences]: probability that an occurrence keeps its labels
     keep_offsets: np.ndarray  # int64 [documents + 1]
     counts: Counts
@@ -95,10 +97,11 @@ class Documents:
         ids = self.ids(i).tolist()
         return ids[:begin], ids[begin:end]
 
-    def sample(self, size: int | None, seed: int) -> np.ndarray:
-        """`size` documents drawn without replacement, in file order (all, if size is None or too large)."""
-        if size is None or size >= len(self):
-            return np.arange(len(self))
+    def sample(self, size: int | None, seed: int | None) -> np.ndarray:
+        """`size` documents drawn without replacement, in file order (all, if size is None or too large; the first, without
+        a seed)."""
+        if size is None or size >= len(self) or seed is None:
+            return np.arange(len(self))[:size]
         return np.sort(np.random.default_rng(seed).permutation(len(self))[:size])
 
 

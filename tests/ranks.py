@@ -107,15 +107,15 @@ def fit_counting(config: Config) -> list[tuple[int, torch.dtype]]:
 
 def fit_slowly(config: Config, patience: float, delay: float) -> list[bool]:
     """Train where tokenising takes longer than a collective may; returns, per file tokenised here, whether the group existed."""
-    real, joined = cache.reading.tokenise_file, []
+    real, joined = cache.reading.tokenise, []
 
-    def tokenise_file(*arguments):
+    def tokenise(*arguments):
         joined.append(torch_dist.is_initialized())
         time.sleep(delay)
         return real(*arguments)
 
     dist.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=patience)
-    with mock.patch.object(cache.reading, "tokenise_file", tokenise_file):
+    with mock.patch.object(cache.reading, "tokenise", tokenise):
         fit(config)
     return joined
 

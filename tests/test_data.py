@@ -302,23 +302,25 @@ THINKING = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_counted(tmp_path):
-    """Pitfall row 8."""
+def test_a_template_that_rewrites_earlier_turns_gives_a_document_a_turn(tmp_path):
+    """Pitfall row 8: each answer is trained after the very prompt that will ask for it."""
     of = Tokenizer(tiny_tokenizers.qwen(), THINKING)
     several = ("q", "<think>t</think>one", "r", "<think>u</think>two")
     rows = [turns(*several), turns(*several[:2]), turns(*several, train=(False, True)), turns("q", "plain", "r", "two")]
     documents = load(tmp_path, rows, of, format="messages")
-    assert documents.index.tolist() == [1, 2, 3]
-    assert [
-        re.match(r".*rows\.jsonl:1: .*turn 1", m) is not None for m in documents.counts.dropped["template rewrites turns"]
-    ] == [True]
-    for i, expected in enumerate(
-        (["<think>t</think>one<|im_end|>"], ["<think>u</think>two<|im_end|>"], ["plain<|im_end|>", "two<|im_end|>"])
+    assert documents.index.tolist() == [0, 0, 1, 2, 3]
+    counts = documents.counts
+    assert (counts.read, counts.kept, counts.split, counts.dropped) == (4, 4, 1, {})
+    first, second = ["<think>t</think>one<|im_end|>"], ["<think>u</think>two<|im_end|>"]
+    for i, (row, through, expected) in enumerate(
+        [(0, 2, first), (0, 4, second), (1, 2, first), (2, 4, second), (3, 4, ["plain<|im_end|>", "two<|im_end|>"])]
     ):
-        assert supervised_text(documents, i, of.render(rows[i + 1]["messages"]), of) == expected
+        text = of.render(rows[row]["messages"][:through])
+        assert documents.ids(i).tolist() == of.encode(text).ids
+        assert supervised_text(documents, i, text, of) == expected
 
 
-def test_a_template_that_ends_earlier_turns_differently_is_counted(tmp_path):
+def test_a_template_that_ends_earlier_turns_differently_gives_a_document_a_turn(tmp_path):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{{ '' if loop.last and m.role == 'assistant' else '<|im_end|>' }}\n{% endfor %}"
@@ -326,7 +328,9 @@ def test_a_template_that_ends_earlier_turns_differently_is_counted(tmp_path):
     )
     of = Tokenizer(tiny_tokenizers.qwen(), template)
     documents = load(tmp_path, [turns("q", "one", "r", "two"), turns("q", "one")], of, format="messages")
-    assert documents.index.tolist() == [1] and len(documents.counts.dropped["template rewrites turns"]) == 1
+    assert documents.index.tolist() == [0, 0, 1]
+    for i, expected in enumerate(["one", "two", "one"]):  # this template never ends an answer: EOS does
+        assert of.decode([t for t in documents.labels(i) if t >= 0], skip_special_tokens=False).rstrip() == expected + of.eos_token
 
 
 def test_a_template_that_changes_the_answer_is_counted(tmp_path):

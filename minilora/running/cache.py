@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,32 +16,36 @@ import minilora.tokenizer
 from minilora import dist, labels
 from minilora.config import DataConfig, UserError
 from minilora.data import Counts, Documents
-from minilora.running import examples, reading
+from minilora.running import examples, reading, sources
 from minilora.tokenizer import Tokenizer
 
+# settings that choose among tokenised rows, or only say how to work
+UNRELATED = (
+    "train_file", "train_weights", "eval_file", "train_size", "eval_size", "eval_first", "shuffle", "strict", "num_workers",
+)  # fmt: skip
 
-def load_documents(path: str, data: DataConfig, tokenizer: Tokenizer, what: str) -> Documents:
-    """Tokenise a JSONL file, or take it from the cache; says what became of every line.
 
-    The cache's key is everything the result depends on: the file, the tokenizer files, the settings, this code. Among
+def load_documents(names: str | Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str) -> Documents:
+    """Tokenise the files of a setting (see sources.py), or take them from the cache; says what became of every line.
+
+    The cache's key is everything the result depends on: the files, the tokenizer files, the settings, this code. Among
     several processes of one machine the first does the work. Raises UserError if nothing is left to train on, or with
     data.strict for the first row that would be dropped.
     """
-    if not Path(path).is_file():
-        raise UserError(f"data.{what}: {path!r} does not exist")
-    cached = _cache_directory() / f"{_cache_key(path, data, tokenizer)}.safetensors"
+    names = (names,) if isinstance(names, str) else tuple(names)
+    cached = _cache_directory() / f"{_cache_key(names, data, tokenizer, what)}.safetensors"
     cached.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{cached}.lock"):
         documents = _from_cache(cached)
         if documents is None:
-            documents = reading.tokenise_file(path, data, tokenizer)
+            documents = reading.tokenise(names, data, tokenizer, what)
             _to_cache(documents, cached)
     dist.log(reading.table(documents.counts))
     if data.strict and documents.counts.dropped:
         raise UserError("data.strict: " + next(iter(documents.counts.dropped.values()))[0])
     if not len(documents):
-        first = next(iter(documents.counts.dropped.values()), [f"{path} is empty"])[0]
-        raise UserError(f"data.{what}: no row of {path} can be used, e.g. {first}")
+        first = next(iter(documents.counts.dropped.values()), [f"{names[0]} is empty"])[0]
+        raise UserError(f"data.{what}: no row of {', '.join(names)} can be used, e.g. {first}")
     return documents
 
 
@@ -48,12 +53,23 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
 
 
-def _cache_key(path: str, data: DataConfig, tokenizer: Tokenizer) -> str:
-    unrelated = ("train_file", "eval_file", "train_size", "eval_size", "shuffle", "strict", "num_workers")
+def _cache_key(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str) -> str:
+    unrelated = (
+        "train_file",
+        "train_weights",
+        "eval_file",
+        "train_size",
+        "eval_size",
+        "eval_first",
+        "shuffle",
+        "strict",
+        "num_workers",
+    )
     settings = {k: v for k, v in asdict(data).items() if k not in unrelated}
-    digest = hashlib.sha256(json.dumps([settings, path, tokenizer.chat_template], sort_keys=True).encode())
-    code = [Path(module.__file__ or "") for module in (reading, examples, labels, minilora.tokenizer)]
-    for file in [Path(path), *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:
+    digest = hashlib.sha256(json.dumps([settings, names, tokenizer.chat_template], sort_keys=True).encode())
+    code = [Path(module.__file__ or "") for module in (reading, examples, sources, labels, minilora.tokenizer)]
+    files = [path for name in names for _, path in sources.data_files(name, what)]
+    for file in [*files, *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:32]

@@ -26,7 +26,8 @@ from minilora.weights import read_json, save_weights
 
 # config fields that may change between a run and its continuation: they do not bend what has been trained so far
 FREE_TO_CHANGE = (
-    "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size", "train.epochs",
+    "output_dir", "preview", "plan", "data.num_workers", "data.strict", "data.eval_file", "data.eval_size",
+    "data.eval_first", "train.epochs",
     "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit", "train.resume",
     "train.gradient_checkpointing", "train.compile",
     "train.batch_size", "train.grad_acc_steps", "train.early_stopping_patience",

@@ -5,6 +5,7 @@ ever found by searching token ids, so no example is lost because a name does not
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -23,6 +24,10 @@ class RowError(Exception):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+class RewrittenError(RowError):
+    """A chat template renders a turn differently once others follow."""
 
 
 @dataclass
@@ -46,18 +51,18 @@ def parse(line: bytes) -> object:
     return row
 
 
-def build(row: object, data: DataConfig, tokenizer: Tokenizer) -> Example:
-    """The example of one parsed row. Raises RowError naming the field."""
+def build(row: object, data: DataConfig, tokenizer: Tokenizer) -> list[Example]:
+    """The example of one parsed row, or (format messages) the examples. Raises RowError naming the field."""
     if not isinstance(row, dict):
         raise RowError("malformed", f"expected a JSON object, got {type(row).__name__}")
     if data.format == "paths":
-        return _paths(row, data, tokenizer)
+        return [_paths(row, data, tokenizer)]
     if data.format == "prompt":
         prompt, response = fill_template(data.prompt_template, row), fill_template(data.response_template, row)
-        return _prompt_response(prompt, response, data, tokenizer)
+        return [_prompt_response(prompt, response, data, tokenizer)]
     if data.format == "messages":
         return _messages(row, tokenizer)
-    return _text(row, data, tokenizer)
+    return [_text(row, data, tokenizer)]
 
 
 def string_of(row: dict, key: str) -> str:
@@ -154,12 +159,24 @@ def turns_of(row: dict) -> list[dict]:
     return turns
 
 
-def _messages(row: dict, tokenizer: Tokenizer) -> Example:
-    """Chat turns; every assistant turn is supervised unless it says `"train": false`."""
+def _messages(row: dict, tokenizer: Tokenizer) -> list[Example]:
+    """Chat turns; every assistant turn is supervised unless it says `"train": false`.
+
+    Some templates render a turn differently once others follow (Qwen3 drops the reasoning of earlier ones). What the
+    model sees when it answers is then not what a later rendering shows, so each turn becomes an example of its own.
+    """
     turns = turns_of(row)
     supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
     if not supervised or not any(turns[i]["content"].strip() for i in supervised):
         raise RowError("empty response", '"messages": no assistant turn to train on')
+    try:
+        return [_conversation(turns, supervised, tokenizer)]
+    except RewrittenError:
+        return [_conversation(turns[: i + 1], [i], tokenizer) for i in supervised if turns[i]["content"].strip()]
+
+
+def _conversation(turns: list[dict], supervised: list[int], tokenizer: Tokenizer) -> Example:
+    """One example of a conversation, whose last user turn before a supervised one may be shortened."""
     example, _ = _render_chat(turns, supervised, tokenizer)
     users = [i for i, turn in enumerate(turns) if turn["role"] == "user" and i < supervised[-1]]
     if users:
@@ -168,7 +185,7 @@ def _messages(row: dict, tokenizer: Tokenizer) -> Example:
 
         def shorten(length: int) -> Example:
             cut = {**turns[last], "content": turns[last]["content"][:length]}
-            return _messages({"messages": [*turns[:last], cut, *turns[last + 1 :]]}, tokenizer)
+            return _conversation([*turns[:last], cut, *turns[last + 1 :]], supervised, tokenizer)
 
         example.shorten = shorten
     return example
@@ -189,9 +206,14 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
         prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
         through = text if i + 1 == len(messages) else tokenizer.render(messages[: i + 1])
         if not text.startswith(prompt) or not text.startswith(through):
-            raise RowError("template rewrites turns", f"the chat template renders turn {i} differently once more turns follow")
+            raise RewrittenError(
+                "template rewrites turns", f"the chat template renders turn {i} differently once more turns follow"
+            )
         content = messages[i]["content"].strip()
         at = text.find(content, len(prompt), len(through))
+        if at < 0:
+            content = _respaced(content, text[len(prompt) : len(through)])
+            at = text.find(content, len(prompt), len(through)) if content else -1
         if at < 0:
             raise RowError("template rewrites turns", f"the chat template changes the text of turn {i}")
         rest = text[at + len(content) : len(through)]
@@ -204,6 +226,13 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
             text += tokenizer.eos_token
             spans[-1] = (spans[-1][0], len(text))
     return Example(text, spans), contents
+
+
+def _respaced(content: str, rendered: str) -> str:
+    """What stands in a rendered turn for a content of which the template has changed the white space; else nothing."""
+    letters = [re.escape(c) for c in content if not c.isspace()]
+    found = re.search(r"\s*".join(letters), rendered)
+    return found.group() if found else ""
 
 
 def _text(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:

@@ -1,11 +1,10 @@
-"""A JSONL file -> tokenised documents with their masks, in worker processes, and what became of every line."""
+"""Data files -> tokenised documents with their masks, in worker processes, and what became of every line."""
 
 import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import tqdm
@@ -14,7 +13,8 @@ from minilora import dist
 from minilora.config import DataConfig, UserError
 from minilora.data import Counts, Documents
 from minilora.labels import Edge, keep_probabilities, mark_tokens
-from minilora.running.examples import RowError, build, parse
+from minilora.running.examples import Example, RowError, build, parse
+from minilora.running.sources import Line, data_files, lines_of
 from minilora.tokenizer import Tokenizer
 
 CHUNK_LINES = 256  # lines a worker takes at a time
@@ -30,35 +30,47 @@ def table(counts: Counts) -> str:
         lines += [f"         {w}" for w in where[:LOCATIONS_SHOWN]]
         lines += [f"         and {len(where) - LOCATIONS_SHOWN} more"] if len(where) > LOCATIONS_SHOWN else []
     lines += [f"  {counts.truncated:>6} kept with a shortened prompt"] if counts.truncated else []
+    lines += (
+        [f"  {counts.split:>6} more documents than rows: one a turn, whose template rewrites earlier turns"]
+        if counts.split
+        else []
+    )
     lines += [f"  {counts.straddling:>6} tokens straddle prompt and response: not supervised"] if counts.straddling else []
     return "\n".join(lines)
 
 
-def tokenise_file(path: str, data: DataConfig, tokenizer: Tokenizer) -> Documents:
-    """Every usable row of a JSONL file as a document, and what became of the others. Raises UserError (data.too_long)."""
-    with open(path, "rb") as file:
-        lines = file.read().splitlines()
-    chunks = [(start, lines[start : start + CHUNK_LINES]) for start in range(0, len(lines), CHUNK_LINES)]
-    bar = tqdm.tqdm(total=len(lines), desc=f"tokenising {Path(path).name}", unit=" lines", disable=dist.rank() > 0, leave=False)
-    counts = Counts(path, read=len(lines))
+def tokenise(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str = "train_file") -> Documents:
+    """Every usable row of some files (see sources.py) as a document, and what became of the others. n(u, v) of an edge is
+    counted over all of them. Raises UserError (a file that is none, data.too_long)."""
+    counts = Counts(", ".join(names))
+    chunks: list[tuple[int, str, list[Line]]] = []
+    for name in names:
+        before = counts.read
+        for shown, path in data_files(name, what):
+            lines = lines_of(shown, path)
+            chunks += [(counts.read + at, shown, lines[at : at + CHUNK_LINES]) for at in range(0, len(lines), CHUNK_LINES)]
+            counts.read += len(lines)
+        counts.files[name] = counts.read - before
+    bar = tqdm.tqdm(total=counts.read, desc=f"tokenising data.{what}", unit=" lines", disable=dist.rank() > 0, leave=False)
     rows: list[tuple] = []
     edges: list[list[Edge]] = []
     counter: Counter[Edge] = Counter()
     for results in _map_chunks(chunks, data, tokenizer):
         bar.update(len(results))
-        for line, row, row_edges, note in results:
-            counter.update(row_edges or [])
-            if isinstance(note, str):
-                counts.dropped.setdefault(row, []).append(f"{path}:{line + 1}: {note}")
+        for line, found, row_edges, note in results:
+            counter.update(row_edges)
+            if isinstance(found, str):
+                counts.dropped.setdefault(found, []).append(note)
                 continue
-            rows.append((line, *row))
-            edges.append(row_edges)
+            rows += [(line, *document) for document in found]
+            edges += [row_edges] * len(found)
+            counts.kept += 1
+            counts.split += len(found) - 1
             counts.truncated += note[0]
             counts.straddling += note[1]
     bar.close()
     if data.too_long == "error" and (long := counts.dropped.get(TOO_LONG.format(data.max_seq_length))):
         raise UserError(f"data.too_long=error: {long[0]}")
-    counts.kept = len(rows)
     probability = keep_probabilities(counter)
     keep = [probability[edge] if data.edge_dropping else 1.0 for row_edges in edges for edge in row_edges]
     line, ids, supervised, node = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
@@ -92,25 +104,28 @@ def _start_worker(data: DataConfig, tokenizer: "Tokenizer | str", chat_template:
     _worker["tokenizer"] = Tokenizer(tokenizer, chat_template) if isinstance(tokenizer, str) else tokenizer
 
 
-def _tokenise_chunk(chunk: tuple[int, list[bytes]]) -> list[tuple]:
-    """Per line: (line, (ids, supervised, node), edges, (truncated, straddling)), or (line, reason, edges, message)."""
+def _tokenise_chunk(chunk: tuple[int, str, list[Line]]) -> list[tuple]:
+    """Per line: (line, [(ids, supervised, node), ...], edges, (truncated, straddling)), or (line, reason, edges, message)."""
     data, tokenizer = _worker["data"], _worker["tokenizer"]
     results: list[tuple] = []
-    for line, raw in enumerate(chunk[1], start=chunk[0]):
+    for line, (number, raw) in enumerate(chunk[2], start=chunk[0]):
         edges: list[Edge] = []
         try:
+            if isinstance(raw, str):
+                raise RowError("malformed", raw)
             if not raw.strip():
                 raise RowError("blank line", "blank")
-            example = build(parse(raw), data, tokenizer)
-            edges = example.edges  # counted even if the row turns out too long: n(u, v) is of the whole file
-            results.append((line, *_tokenise_row(example, data, tokenizer)))
+            examples = build(parse(raw), data, tokenizer)
+            edges = examples[0].edges  # counted even if the row turns out too long: n(u, v) is of the whole file
+            documents, notes = zip(*(_tokenise_example(example, data, tokenizer) for example in examples), strict=True)
+            results.append((line, documents, edges, (any(n[0] for n in notes), sum(n[1] for n in notes))))
         except RowError as error:
-            results.append((line, error.reason, edges, str(error)))
+            results.append((line, error.reason, edges, f"{chunk[1]}:{number}: {error}"))
     return results
 
 
-def _tokenise_row(example, data: DataConfig, tokenizer: Tokenizer) -> tuple:
-    """(ids, supervised, node), edges, (truncated, straddling) of an example no longer than max_seq_length.
+def _tokenise_example(example: Example, data: DataConfig, tokenizer: Tokenizer) -> tuple[tuple, tuple]:
+    """(ids, supervised, node), (truncated, straddling) of an example no longer than max_seq_length.
 
     A prompt is shortened as text, from its end, and tokenised anew. Raises RowError.
     """
@@ -130,5 +145,4 @@ def _tokenise_row(example, data: DataConfig, tokenizer: Tokenizer) -> tuple:
     supervised[:1] = False  # nothing comes before the first token to predict it from
     if not supervised.any():
         raise RowError("no supervised token", "no token of the response is left to train on")
-    row = (np.array(ids, dtype=np.int32), supervised, node)
-    return row, example.edges, (int(truncated), straddling)
+    return (np.array(ids, dtype=np.int32), supervised, node), (truncated, straddling)

@@ -17,7 +17,7 @@ import typeguard
 import tyro
 
 from minilora import dist
-from minilora.config import Config, RunError, UserError, nearest
+from minilora.config import Config, DataConfig, RunError, UserError, nearest
 from minilora.evaluation import metrics
 
 LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|CheckpointException|[Tt]imed out", re.IGNORECASE)
@@ -99,11 +99,23 @@ def load_config(argv: list[str]) -> Config:
     return config
 
 
+def train_files(data: DataConfig) -> tuple[str, ...]:
+    return (data.train_file,) if isinstance(data.train_file, str) else data.train_file
+
+
 def validate(config: Config) -> None:
     """Refuse values that are out of range or contradict each other, naming the fields. Raises UserError."""
     m, d, t, e = config.model, config.data, config.train, config.eval
     problems = [
-        (not d.train_file, "data.train_file is not set: give a JSONL file"),
+        (not d.train_file or "" in d.train_file, "data.train_file is not set: give a JSONL file"),
+        (len({*train_files(d)}) < len(train_files(d)), "data.train_file names a file twice: data.train_weights says how often"),
+        (d.train_weights and len(d.train_weights) != len(train_files(d)), "data.train_weights needs one weight a file"),
+        (not all(0 < w < float("inf") for w in d.train_weights), "data.train_weights must be positive"),
+        (d.add_tokens and config.method == "lora" and not config.lora.train_embeddings,
+         "data.add_tokens needs lora.train_embeddings=True (or method='full'): the new tokens' rows are to be learnt"),
+        (any(not token.strip() for token in d.add_tokens), "data.add_tokens holds an empty token"),
+        (len({*d.add_tokens}) < len(d.add_tokens), "data.add_tokens names a token twice"),
+        (t.ema_decay is not None and not 0 <= t.ema_decay < 1, "train.ema_decay must be in [0, 1)"),
         (config.lora.rank < 1, "lora.rank must be at least 1"),
         (not 0 <= config.lora.dropout < 1, "lora.dropout must be in [0, 1)"),
         (not config.lora.target_modules, "lora.target_modules is empty: nothing would be trained"),
@@ -125,8 +137,9 @@ def validate(config: Config) -> None:
          "parallel.shard_size goes with parallel.strategy='hsdp', which needs it"),
         (config.parallel.shard_size is not None and config.parallel.shard_size < 1, "parallel.shard_size must be at least 1"),
         (not t.max_grad_norm >= 0, "train.max_grad_norm must not be negative (0 turns clipping off)"),
-        (min(t.logging_steps, e.eval_steps) < 1, "train.logging_steps and eval.eval_steps must be at least 1"),
-        (t.save_steps is not None and t.save_steps < 1, "train.save_steps must be at least 1"),
+        (t.logging_steps < 1 or (isinstance(e.eval_steps, int) and e.eval_steps < 1),
+         "train.logging_steps and eval.eval_steps must be at least 1"),
+        (isinstance(t.save_steps, int) and t.save_steps < 1, "train.save_steps must be at least 1"),
         (t.save_total_limit is not None and t.save_total_limit < 1, "train.save_total_limit must be at least 1"),
         (d.max_seq_length < 2, "data.max_seq_length must be at least 2"),
         (d.train_size is not None and d.train_size < 1, "data.train_size must be at least 1"),

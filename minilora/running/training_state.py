@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from minilora import dist
 from minilora.config import UserError
 from minilora.dist import WHOLE, Whole
+from minilora.running.ema import EMA
 from minilora.weights import open_safetensors
 
 TENSORS = "training_state.safetensors"
 SPREAD = "training_state"  # of a sharded run, a directory
 
 
-def training_tensors(optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], keep_masters: bool) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, and the fp32 masters where the saved weights are rounded."""
+def training_tensors(
+    optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], keep_masters: bool, ema: EMA | None = None
+) -> dict[str, Tensor]:  # fmt: skip
+    """The optimizer's state by parameter name, the fp32 masters where the saved weights are rounded, and where they are an
+    average (which must be applied now) the weights that training goes on with, `raw`."""
     tensors = {f"master.{name}": p.detach().contiguous() for name, p in masters.items() if keep_masters}
+    tensors |= {f"raw.{name}": other.contiguous() for name, other in (ema.others if ema else {}).items()}
     for name, p in masters.items():
         for key, value in optimizer.state.get(p, {}).items():
             value = value.clone() if key.startswith("qmap") else torch.as_tensor(value)  # a code book shared by all parameters
@@ -36,8 +41,7 @@ def save_spread(directory: Path, tensors: dict[str, Tensor], parameters: dict[st
 
     spread = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix("optimizer.").removeprefix("master.")
-        p = parameters[name if key.startswith("master.") else name.rpartition(".")[0]]
+        p = parameters[parameter_of(key)]
         if tensor.shape == place.local(p).shape:
             spread[key] = place.spread(tensor, p)
         else:
@@ -46,6 +50,12 @@ def save_spread(directory: Path, tensors: dict[str, Tensor], parameters: dict[st
         dcp.save(spread, checkpoint_id=str(directory))
     except dcp.api.CheckpointException as error:  # raised on all processes, and no Exception
         raise next(iter(error.failures.values()))[0] from error
+
+
+def parameter_of(key: str) -> str:
+    """The parameter that a key of `training_tensors` belongs to: master.NAME, raw.NAME or optimizer.NAME.STATE."""
+    kind, _, name = key.partition(".")
+    return name.rpartition(".")[0] if kind == "optimizer" else name
 
 
 def load_spread(directory: Path, parameters: dict[str, nn.Parameter], place: Whole) -> dict[str, Tensor]:
@@ -57,8 +67,7 @@ def load_spread(directory: Path, parameters: dict[str, nn.Parameter], place: Who
     for key, entry in metadata.items():
         if "#" in key and not key.endswith(mine):
             continue
-        name = key.removeprefix("optimizer.").removeprefix("master.")
-        p = parameters.get(name, parameters.get(name.rpartition(".")[0]))
+        p = parameters.get(parameter_of(key))
         assert isinstance(entry, dcp.metadata.TensorStorageMetadata)
         by_rows = p is not None and entry.size == p.shape
         shape = place.local(p).shape if p is not None and by_rows else entry.size
@@ -72,7 +81,7 @@ def load_spread(directory: Path, parameters: dict[str, nn.Parameter], place: Who
 
 def load_training_tensors(
     directory: Path, optimizer: torch.optim.Optimizer, masters: dict[str, nn.Parameter], place: Whole = WHOLE,
-    spread: dict[str, nn.Parameter] | None = None,
+    spread: dict[str, nn.Parameter] | None = None, ema: EMA | None = None,
 ) -> None:  # fmt: skip
     """Put back what `training_tensors` took, on however many processes; every parameter must find its state.
 
@@ -92,6 +101,10 @@ def load_training_tensors(
 
         if f"master.{name}" in tensors:
             p.data.copy_(own_rows(tensors[f"master.{name}"]))
+        if ema and name in ema.others:
+            ema.others[name].copy_(p.detach())
+        if f"raw.{name}" in tensors:
+            p.data.copy_(own_rows(tensors[f"raw.{name}"]))
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not state:
