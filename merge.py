@@ -28,6 +28,7 @@ from minilora.dist import WHOLE
 from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
 from minilora.model import CausalLM, DecoderConfig
 from minilora.running.directory import save_config, write_atomically
+from minilora.running.saving import write_safetensors
 from minilora.running.settings import run_main
 from minilora.tokenizer import TOKENIZER_FILES
 from minilora.weights import (
@@ -37,7 +38,6 @@ from minilora.weights import (
     read_tensor,
     resolve,
     weight_map,
-    write_safetensors,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VERIFY_TOKENS = 64
+EMBEDDING = "model.embed_tokens.weight"
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype, shape
 
 
@@ -125,10 +126,13 @@ def merge(trained: Trained, checkpoint: Path, dtype: str, from_quantised: bool, 
     if lost := sorted(path for path in left if f"{path}.weight" not in files):
         raise UserError(f"{base} has no {lost[0]}.weight, which the adapter changes: not this adapter's base")
     quantized = trained.quantized() if from_quantised else {}
+    tied = bool(read_json(base / "config.json").get("tie_word_embeddings"))
 
     def tensor_of(name: str) -> Tensor:
         path = name.removesuffix(".weight")
         bar.update()
+        if (whole := replaced(name, adapter, tied)) is not None:
+            return whole
         if layer := quantized.pop(path, None):  # dropped afterwards: memory holds one of them
             layer.fill(partial(read_named, files, path), torch.device("cpu"), trained.dtype, WHOLE)
             tensor = layer.dequantize(torch.float32)
@@ -142,10 +146,19 @@ def merge(trained: Trained, checkpoint: Path, dtype: str, from_quantised: bool, 
         return merged_weight(tensor, A, B, scaling_of(trained.lora))
 
     layouts = {file: layout_of(file, DTYPES.get(dtype), quantized, trained.dtype) for file in sorted(set(files.values()))}
+    for layout in layouts.values():
+        for name, (to, _) in layout.items():
+            if (whole := replaced(name, adapter, tied)) is not None:
+                layout[name] = (to, tuple(whole.shape))
     with tqdm.tqdm(total=sum(map(len, layouts.values())), desc="merging", unit=" tensors") as bar:
         for file, layout in layouts.items():
             write_safetensors(target / file.name, layout, tensor_of)
     copy_beside(base, checkpoint, target, layouts)
+
+
+def replaced(name: str, adapter: dict[str, Tensor], tied: bool) -> Tensor | None:
+    """The embedding or head that an adapter brings whole (lora.train_embeddings)."""
+    return adapter.get(PEFT_PREFIX + (EMBEDDING if tied and name == "lm_head.weight" else name))
 
 
 def layout_of(
@@ -178,6 +191,7 @@ def copy_beside(base: Path, checkpoint: Path, target: Path, layouts: dict[Path, 
         (target / index.name).write_text(json.dumps(read, indent=2), encoding="utf-8")
     dtypes = {d for layout in layouts.values() for d, _ in layout.values()}
     raw = {key: value for key, value in read_json(base / "config.json").items() if key != "quantization_config"}
+    raw["vocab_size"] = next(layout[EMBEDDING][1][0] for layout in layouts.values() if EMBEDDING in layout)
     save_config(target, raw, next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
     for name in TOKENIZER_FILES:
         source = checkpoint / name if (checkpoint / name).is_file() else base / name
@@ -211,7 +225,10 @@ def live_logits(trained: Trained) -> Tensor:
     quantised = trained.bits < 16
     dtype = str(trained.dtype).removeprefix("torch.") if quantised else "float32"
     cpu, double_quant = torch.device("cpu"), trained.double_quant
-    model = build_model(trained.base, cpu, dtype, trained.lora, bits=trained.bits, double_quant=double_quant).model
+    tokens = len(trained.adapter.get(PEFT_PREFIX + EMBEDDING, ()))
+    model = build_model(
+        trained.base, cpu, dtype, trained.lora, bits=trained.bits, double_quant=double_quant, vocab_size=tokens
+    ).model
     load_adapter_state(model, trained.adapter, "adapter")
     return model.float().eval()(random_tokens(model))
 

@@ -23,7 +23,7 @@ from minilora.generate import generate_ids
 from minilora.lora import load_adapter_state
 from minilora.loss import cross_entropy_sum
 from minilora.model import Apply
-from minilora.running.datasets import EvalSets, chat_template, digest, load_data, questions
+from minilora.running.datasets import EvalSets, digest, load_data, make_tokenizer, questions
 from minilora.running.directory import TrainerState, find_checkpoint, prune, save, set_aside, start_directory
 from minilora.running.ema import EMA
 from minilora.running.settings import check_device, load_config, run_main
@@ -41,7 +41,7 @@ def main(config: Config) -> int:
     out, train = Path(config.output_dir), config.train
     check_device(config)
     base = resolve(config.model.name, config.model.revision)
-    tokenizer = Tokenizer(base, chat_template(config.data.chat_template))
+    tokenizer = make_tokenizer(config, base)
     documents, chosen, eval_sets = load_data(config, tokenizer, base)
     if config.preview:
         preview(documents, tokenizer, config.preview, config.seed, out)
@@ -56,7 +56,7 @@ def main(config: Config) -> int:
     device = dist.default_device()
     dist.init(device)
     torch.use_deterministic_algorithms(config.deterministic)
-    built, parameters = build_trainable(config, checkpoint, base, device)
+    built, parameters = build_trainable(config, checkpoint, base, tokenizer, device)
     model = built.model
     ema = EMA(parameters, train.ema_decay)
     optimizer = adamw(built, parameters, train, checkpoint, ema)
@@ -131,7 +131,7 @@ def nothing_to_do(checkpoint: Path, state: TrainerState, total_steps: int, train
 
 
 def build_trainable(
-    config: Config, checkpoint: Path | None, base: Path, device: torch.device
+    config: Config, checkpoint: Path | None, base: Path, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[Built, dict[str, nn.Parameter]]:
     """The model in training mode with the checkpoint's weights, and the parameters to train by name."""
     full = config.method == "full"
@@ -139,7 +139,7 @@ def build_trainable(
         checkpoint if checkpoint and full else base, device, config.model.dtype, lora=None if full else config.lora, full=full,
         random_weights=config.model.init == "random" and checkpoint is None, seed=config.seed,
         gradient_checkpointing=config.train.gradient_checkpointing, bits=config.model.bits,
-        double_quant=config.model.double_quant, run=config,
+        double_quant=config.model.double_quant, run=config, vocab_size=tokenizer.vocab_size if config.data.add_tokens else 0,
     )  # fmt: skip
     place = built.place
     if checkpoint and not full:

@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 from minilora import dist  # noqa: E402 - found through the path set above
 from minilora.config import Config, LoraConfig  # noqa: E402
 from minilora.model import CausalLM, DecoderConfig  # noqa: E402
+from minilora.running.saving import write_safetensors  # noqa: E402
 from minilora.tracking.window import Window  # noqa: E402
-from minilora.weights import checkpoint_name, write_safetensors  # noqa: E402
+from minilora.weights import checkpoint_name  # noqa: E402
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,

@@ -61,7 +61,8 @@ def make_base(directory: Path, raw: dict = MODEL) -> None:
     """The random model as a Hugging Face checkpoint."""
     sys.path.insert(0, str(ROOT))
     from minilora.model import CausalLM, DecoderConfig
-    from minilora.weights import draw_weights, save_weights
+    from minilora.running.saving import save_weights
+    from minilora.weights import draw_weights
 
     with torch.device("meta"):
         model = CausalLM(DecoderConfig.from_hf(raw))

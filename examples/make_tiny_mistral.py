@@ -87,8 +87,9 @@ def as_tokenizer_json(directory: Path) -> None:
 def main() -> None:
     import train
     from minilora.running.directory import save_config
+    from minilora.running.saving import write_safetensors
     from minilora.running.settings import load_config
-    from minilora.weights import open_safetensors, write_safetensors
+    from minilora.weights import open_safetensors
 
     SOURCE.mkdir(parents=True, exist_ok=True)
     texts = corpus()

@@ -1,6 +1,6 @@
 """Building a model, in one function that can be followed from top to bottom."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from minilora.dist import WHOLE, Whole
 from minilora.lora import init_adapters, inject, load_adapter_state
 from minilora.model import CausalLM, DecoderConfig
 from minilora.tokenizer import Tokenizer
-from minilora.weights import assign, base_parameters, draw_weights, load_weights, read_json, resolve, weight_map
+from minilora.weights import ROWS_PER_TOKEN, assign, base_parameters, draw_weights, load_weights, read_json, resolve, weight_map
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -69,12 +69,13 @@ def quantized_layers(model: CausalLM, raw: dict, directory: Path, bits: int, dou
 def build_model(
     directory: Path, device: torch.device, dtype: str = "auto", lora: LoraConfig | None = None, full: bool = False,
     random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False, bits: int = 16, double_quant: bool = True,
-    run: Config | None = None,
+    run: Config | None = None, vocab_size: int = 0,
 ) -> Built:  # fmt: skip
     """config.json -> modules on the meta device -> quantised linears -> adapters -> checkpointing -> shards -> weights,
     streamed. run: the training run, whose `parallel` settings say how several processes share the model.
 
-    full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic. Raises UserError.
+    full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic, as are embedding and head with
+    lora.train_embeddings. vocab_size: that the model should have at least; an adapter says so by itself. Raises UserError.
     """
     raw = read_json(directory / "config.json")
     config = DecoderConfig.from_hf(raw, str(directory / "config.json"))
@@ -85,6 +86,11 @@ def build_model(
     if lora is not None and lora.init_from is not None:
         source = resolve(lora.init_from)
         lora, adapter, _ = read_adapter(source)
+        vocab_size = max([vocab_size, *(len(t) for name, t in adapter.items() if name.endswith(ROWS_PER_TOKEN))])
+    new_tokens = max(0, vocab_size - config.vocab_size)
+    if new_tokens:
+        config = replace(config, vocab_size=vocab_size)
+        dist.log(f"{new_tokens} rows added to embedding and head, the mean of the others: {vocab_size} tokens")
 
     with torch.device("meta"):
         model = CausalLM(config)
@@ -102,7 +108,7 @@ def build_model(
     stored, place = torch.float32 if full else compute, WHOLE
     for path, p in base_parameters(model):
         if p.is_floating_point():
-            assign(model, path, p.detach().to(stored), WHOLE)
+            assign(model, path, p.detach().to(torch.float32 if p.requires_grad else stored), WHOLE)
     if run is not None and dist.world_size() > 1:
         from minilora import parallel  # and with it DTensor, over half a second
 
@@ -112,7 +118,7 @@ def build_model(
     if random_weights:
         draw_weights(model, device, stored, config.initializer_range, seed, place)
     else:
-        load_weights(model, directory, device, stored, quantized, place)
+        load_weights(model, directory, device, stored, quantized, place, new_tokens)
     if lora is not None:
         init_adapters(model, seed, device, place)
         if adapter is not None:
@@ -161,4 +167,6 @@ def load(
     where = torch.device(device) if device else dist.default_device()
     built = build_model(directory, where, dtype, lora, bits=bits, double_quant=double_quant)
     has_tokenizer = adapter and any((Path(adapter) / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))
+    for p in (built.model.model.embed_tokens.weight, built.model.head_weight):  # masters, where the adapter trained them
+        p.data = p.data.to(built.dtype)
     return built.model.eval().requires_grad_(False), Tokenizer(Path(adapter) if has_tokenizer and adapter else directory)

@@ -22,7 +22,7 @@ def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, co
     name = config.model.name
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())  # found again from any working directory
-    peft = to_peft_config(lora, name, config.model.revision)
+    peft = to_peft_config(lora, name, config.model.revision, state)
     (directory / "adapter_config.json").write_text(json.dumps(peft, indent=2), encoding="utf-8")
 
 

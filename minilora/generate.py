@@ -165,7 +165,7 @@ def stream(
     answers = [Answer() for _ in prompts]
     generators = [np.random.default_rng([seed, i]) for i in indices]
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-    cache = KVCache(model.config, min(batch_size, max(1, len(prompts))), autocast or model.head_weight.dtype, device)
+    cache = KVCache(model.config, min(batch_size, max(1, len(prompts))), autocast or model.model.norm.weight.dtype, device)
     slots: list[int] = []  # the prompt of each slot in use
     deadline, was_training = time.monotonic() + (float("inf") if max_time is None else max_time), model.training
     few_rows(model.eval(), True)
@@ -202,7 +202,7 @@ def stream(
 
 
 def _logits_at(rows: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
-    return _linear(hidden if rows is None else hidden[rows], weight)
+    return _linear(hidden if rows is None else hidden[rows], weight.to(hidden.dtype))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: T tokens, R rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,13 @@ PEFT_PREFIX = "base_model.model."  # what PEFT puts before a module's path in ad
 
 # adapter_config.json fields of PEFT whose effect is not built here: refused unless empty, false or absent
 UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules",
     "alora_invocation_tokens", "megatron_config", "kasa_config", "arrow_config", "monteclora_config",
 )  # fmt: skip
+
+
+EMBEDDINGS = ("embed_tokens", "lm_head")  # what lora.train_embeddings trains whole; a tied model has the first alone
 
 
 class LoRALinear(nn.Module):
@@ -73,6 +76,21 @@ def inject(model: nn.Module, lora: LoraConfig) -> None:
                 raise UserError(f"lora.target_modules: {path!r} cannot take an adapter: only linear layers of the blocks can")
             wrapped = LoRALinear(base, lora.rank, scaling_of(lora), lora.dropout)
             setattr(model.get_submodule(parent), name, wrapped)
+    if lora.train_embeddings:
+        for path, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or path.split(".")[-2] in EMBEDDINGS)
+
+
+def saved_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an adapter consists of, under PEFT's names: `base_model.model.<path>.lora_A.weight` [R, in] and `.lora_B.weight`
+    [out, R], and embedding and head [V, D] where they are trained."""
+    names = {}
+    for path, p in model.named_parameters():
+        if ".lora_" in path:
+            names[f"{PEFT_PREFIX}{path}.weight"] = p
+        elif p.requires_grad:
+            names[PEFT_PREFIX + path] = p
+    return names
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -94,19 +112,15 @@ def init_adapters(model: nn.Module, seed: int, device: torch.device | None = Non
 
 
 def adapter_state(model: nn.Module, place: Whole = WHOLE) -> dict[str, Tensor]:
-    """The adapter under PEFT's names: `base_model.model.<path>.lora_A.weight` [R, in] and `.lora_B.weight` [out, R]."""
-    state = {}
-    for path, layer in lora_layers(model):
-        for part in ("lora_A", "lora_B"):
-            p = getattr(layer, part)
-            state[f"{PEFT_PREFIX}{path}.{part}.weight"] = place.gather(place.local(p.detach()), p)
-    return state
+    """The adapter's values (see `saved_names`), whole; all processes must ask."""
+    return {name: place.gather(place.local(p.detach()), p) for name, p in saved_names(model).items()}
 
 
 def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str, place: Whole = WHOLE) -> None:
     """Fill the adapters from tensors under PEFT's names; every name must match, in both directions. Raises UserError."""
-    own = {f"{PEFT_PREFIX}{path}.weight": p.detach() for path, p in model.named_parameters() if ".lora_" in path}
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    own = {name: p.detach() for name, p in saved_names(model).items()}
+    tied = {f"{PEFT_PREFIX}lm_head.weight"} if f"{PEFT_PREFIX}lm_head.weight" not in own and len(own) % 2 else set()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys() - tied)  # PEFT saves it twice
     if missing or extra:
         kind, name = ("lacks", missing[0]) if missing else ("has the unknown", extra[0])
         raise UserError(f"{where}: {kind} {name} ({len(missing)} missing, {len(extra)} unexpected): not this model's adapter")
@@ -128,13 +142,15 @@ def fold(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), name, layer.base_layer)
 
 
-def to_peft_config(lora: LoraConfig, base_name: str, revision: str | None) -> dict:
-    """adapter_config.json as PEFT writes it."""
+def to_peft_config(lora: LoraConfig, base_name: str, revision: str | None, names: Iterable[str] = ()) -> dict:
+    """adapter_config.json as PEFT writes it, for an adapter of tensors with these names."""
+    whole = [module for module in EMBEDDINGS if any(name.endswith(f"{module}.weight") for name in names)]
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": revision,
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
         "target_modules": list(lora.target_modules), "bias": "none", "fan_in_fan_out": False, "use_dora": False,
-        "init_lora_weights": True, "inference_mode": True, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+        "init_lora_weights": True, "inference_mode": True, "modules_to_save": whole or None,
+        "ensure_weight_tying": whole == ["embed_tokens"], "rank_pattern": {}, "alpha_pattern": {},
         "layers_to_transform": None, "layers_pattern": None,
     }  # fmt: skip
 
@@ -149,6 +165,8 @@ def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
     for key in ("bias", *UNSUPPORTED):
         if raw.get(key) and raw[key] != "none":
             raise UserError(f"{where}: {key} = {raw[key]!r} is not supported")
+    if unknown := [name for name in raw.get("modules_to_save") or () if name.split(".")[-1] not in EMBEDDINGS]:
+        raise UserError(f"{where}: modules_to_save: {unknown[0]!r} is not supported, only {' and '.join(EMBEDDINGS)}")
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):  # the others change the base weights too
         raise UserError(f"{where}: init_lora_weights = {init!r} changes the base weights and is not supported")
@@ -160,7 +178,7 @@ def from_peft_config(raw: dict, names: list[str], where: str) -> LoraConfig:
     used = tuple(t for t in targets if any(p == t or p.endswith("." + t) for p in paths))
     return LoraConfig(
         rank=raw["r"], alpha=raw["lora_alpha"], dropout=raw.get("lora_dropout", 0.0), target_modules=used,
-        rslora=raw.get("use_rslora", False),
+        rslora=raw.get("use_rslora", False), train_embeddings=bool(raw.get("modules_to_save")),
     )  # fmt: skip
 
 

@@ -81,13 +81,13 @@ class DecoderConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [key for key in sizes if not isinstance(raw.get(key), int)]:
             raise UserError(f"{where}: {missing[0]} is missing or not a number")
-        fixed = (
-            ("hidden_act", "silu", "swish"),
-            ("attention_dropout", 0.0, None),
-            ("pretraining_tp", 1, None),
-            ("auto_map", None),
-        )
-        for key, *allowed in fixed:  # auto_map: remote code is never run
+        fixed = {
+            "hidden_act": ("silu", "swish"),
+            "attention_dropout": (0.0, None),
+            "pretraining_tp": (1, None),
+            "auto_map": (None,),
+        }
+        for key, allowed in fixed.items():  # auto_map: remote code is never run
             if get(key, allowed[0]) not in allowed:
                 raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
         if (method := (get("quantization_config") or {}).get("quant_method")) not in (None, "bitsandbytes"):
@@ -140,10 +140,8 @@ def _read_windows(get, kind: str, layers: int, where: str) -> tuple[int | None, 
 
 
 def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies [E/2] in fp32 and the factor on cos and sin.
-
-    Equals transformers' `ROPE_INIT_FUNCTIONS`: default (arXiv 2104.09864), linear, llama3, yarn (arXiv 2309.00071).
-    """
+    """Inverse frequencies [E/2] in fp32 and the factor on cos and sin. Equals transformers' `ROPE_INIT_FUNCTIONS`: default
+    (arXiv 2104.09864), linear, llama3, yarn (arXiv 2309.00071)."""
     theta, kind = rope["rope_theta"], rope["rope_type"]
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)  # [E/2]
     if kind == "linear":
@@ -304,9 +302,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
-        x = self.embed_tokens(tokens)  # [T, D]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # fp32 masters: the residual stream is 16-bit too
+        kind, half = tokens.device.type, self.norm.weight.dtype  # over fp32 masters the residual stream is 16-bit too
+        x = self.embed_tokens(tokens).to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else half)  # [T, D]
         inv_freq, scaling = rope_frequencies(self.config.rope, self.config.head_dim)
         angles = torch.outer(attend.positions.float(), inv_freq.to(x.device)).repeat(1, 2).unsqueeze(1)  # [T, 1, E], in fp32
         cos, sin = (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
@@ -315,10 +312,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:  # a head that is trained is an fp32 master
+    return F.linear(hidden, weight.to(hidden.dtype))
+
+
 class Head(nn.Linear):
     """The projection to the vocabulary: logits [T, V], or whatever else `apply` makes of hidden states and the weight."""
 
-    def forward(self, hidden: Tensor, apply: Apply = F.linear) -> Tensor:
+    def forward(self, hidden: Tensor, apply: Apply = logits_of) -> Tensor:
         return apply(hidden, self.weight)
 
 
@@ -338,12 +339,11 @@ class CausalLM(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
-        self, tokens: Tensor, lengths: Sequence[int] | None = None, apply: Apply = F.linear, attend: Attend | None = None
+        self, tokens: Tensor, lengths: Sequence[int] | None = None, apply: Apply = logits_of, attend: Attend | None = None
     ) -> Tensor:
-        """Logits [T, V] of documents laid end to end. tokens int64 [T]; lengths: their sizes (default: one document).
-
-        apply: what to make of hidden states and head instead, a loss for instance; attend: another attention than that of
-        documents. All goes through here because sharding gathers weights around modules.
+        """Logits [T, V] of documents laid end to end. tokens int64 [T]; lengths: their sizes (default: one document). apply: what
+        to make of hidden states and head instead, a loss for instance; attend: another attention than that of documents. All
+        goes through here because sharding gathers weights around modules.
         """
         hidden = self.model(tokens, attend or PackedAttention(lengths or [tokens.shape[0]], tokens.device))
         return apply(hidden, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(hidden, apply)

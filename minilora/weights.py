@@ -1,15 +1,11 @@
-"""Hugging Face directories: where a model's files are, its config.json, and its safetensors in and out.
+"""Hugging Face directories: where a model's files are, its config.json, and its safetensors (running/saving.py writes them).
 
-Weights stream tensor by tensor in both directions, so memory holds the model plus one tensor. Only safetensors are
-read: nothing is unpickled, and no repository's code is run.
+Weights stream in tensor by tensor, so memory holds the model plus one tensor. Only safetensors are read: nothing is
+unpickled, and no repository's code is run.
 """
 
 import json
-import math
-import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,16 +16,15 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from minilora import dist
 from minilora.config import UserError
 from minilora.dist import WHOLE, Whole
 
 if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no others
     from minilora.quant import QuantizedLinear
 
-SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard we write
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+ROWS_PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed here
 
 
@@ -117,14 +112,27 @@ def assign(model: nn.Module, path: str, rows: Tensor, place: Whole) -> None:
     place.put(model.get_submodule(parent), name, rows)
 
 
+def read_rows(file: Path, name: str, rows: slice, grown: bool) -> Tensor:
+    """Rows of a matrix; where the model has `grown` beyond it, new ones are the mean of its rows."""
+    if not grown:
+        return read_tensor(file, name, rows)
+    whole = read_tensor(file, name)
+    there = whole[rows]
+    new = rows.stop - rows.start - len(there)
+    return torch.cat([there, whole.float().mean(0, keepdim=True).to(whole.dtype).expand(new, -1)])
+
+
 def load_weights(
     model: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype,
-    quantized: "Mapping[str, QuantizedLinear]" = MappingProxyType({}), place: Whole = WHOLE,
+    quantized: "Mapping[str, QuantizedLinear]" = MappingProxyType({}), place: Whole = WHOLE, new_tokens: int = 0,
 ) -> None:  # fmt: skip
-    """Fill a model built on the meta device from a checkpoint, tensor by tensor; each process reads the rows it holds.
+    """Fill a model built on the meta device, in its dtypes, from a checkpoint, tensor by tensor; each process reads the rows it
+    holds.
 
-    quantized: the layers (path in the checkpoint -> layer) that fill themselves, each at once as its tensors are read.
-    Every parameter must be there with its shape, and every tensor must be wanted. Raises UserError otherwise.
+    quantized: the layers (path in the checkpoint -> layer) that fill themselves, from `dtype`, each at once as its tensors are
+    read.
+    new_tokens: rows that embedding and head have in addition. Every parameter must be there with its shape, and every tensor
+    must be wanted. Raises UserError otherwise.
     """
     files = weight_map(directory)
     wanted = {checkpoint_name(path): (path, p.shape) for path, p in base_parameters(model)}
@@ -142,14 +150,18 @@ def load_weights(
     for file in sorted(set(files.values())):
         with open_safetensors(file) as opened:
             for name in sorted(shapes.keys() & opened.keys()):
-                entry = opened.get_slice(name)
-                if tuple(entry.get_shape()) != shapes[name]:
-                    raise UserError(f"{file}: {name} has shape {entry.get_shape()}, config.json says {list(shapes[name])}")
+                entry, shape = opened.get_slice(name), list(shapes[name])
+                shape[0] -= new_tokens * name.endswith(ROWS_PER_TOKEN)
+                if entry.get_shape() != shape:
+                    raise UserError(f"{file}: {name} has shape {entry.get_shape()}, config.json says {shape}")
                 if entry.get_dtype() not in ("F64", *DTYPE_CODES.values()):
                     raise UserError(f"{file}: {name} holds {entry.get_dtype()}: neither 16-bit weights nor bitsandbytes' form")
     for name, (path, _) in wanted.items():
-        rows = read_tensor(files[name], name, place.rows(model.get_parameter(path)))
-        assign(model, path, rows.to(device, dtype, copy=True), place)
+        p = model.get_parameter(path)
+        wanted_rows = slice(*place.rows(p).indices(p.shape[0]))
+        grown = new_tokens > 0 and name.endswith(ROWS_PER_TOKEN)
+        rows = read_rows(files[name], name, wanted_rows if grown else place.rows(p), grown)
+        assign(model, path, rows.to(device, p.dtype, copy=True), place)
     for path, layer in quantized.items():
         layer.fill(partial(read_named, files, path), device, dtype, place)
 
@@ -164,64 +176,3 @@ def draw_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, std
         else:
             tensor.fill_(1.0 if "norm" in path else 0.0)
         assign(model, path, tensor[place.rows(parameter)].to(device, dtype), place)
-
-
-def write_safetensors(
-    path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensor_of: Callable[[str], Tensor]
-) -> None:
-    """Write a safetensors file one tensor at a time (the library's own writer wants all of them in memory).
-
-    The format: 8 bytes of header length, a JSON header of dtype, shape and byte range per name, the tensors' bytes.
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in layout.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:  # one tensor is written while the next is made
-        writing = writer.submit(file.write, struct.pack("<Q", len(raw)) + raw)
-        for name, (dtype, shape) in layout.items():
-            tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
-            assert tensor.shape == torch.Size(shape), name
-            writing.result()
-            writing = writer.submit(file.write, tensor.view(-1).view(torch.uint8).numpy().data)
-        writing.result()
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype, place: Whole = WHOLE) -> None:
-    """A model's base parameters as HF safetensors, in one file or in shards with an index.
-
-    Where rows are spread over processes all must call, the first writes, and no more than a tensor is ever whole.
-    """
-    parameters = {checkpoint_name(path): p for path, p in base_parameters(model)}
-    shards: list[dict] = [{}]
-    held = 0
-    for name, p in parameters.items():
-        size = p.numel() * dtype.itemsize
-        if held and held + size > SHARD_BYTES:
-            shards.append({})
-            held = 0
-        shards[-1][name] = (dtype, tuple(p.shape))
-        held += size
-    numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    names = numbered if len(shards) > 1 else ["model.safetensors"]
-
-    def whole(name: str) -> Tensor:
-        return place.gather(place.local(parameters[name].detach()), parameters[name])
-
-    for file, layout in zip(names, shards, strict=True):
-        if dist.rank() == 0:
-            write_safetensors(directory / file, layout, whole)
-        else:
-            for name in layout:
-                whole(name)
-    if len(shards) > 1 and dist.rank() == 0:
-        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-        files = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -27,8 +27,8 @@ from minilora.build import build_model
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, UserError
 from minilora.lora import lora_layers
 from minilora.running.directory import TrainerState, save
+from minilora.running.saving import save_weights
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
-from minilora.weights import save_weights
 from tiny_models import config_json, in_bfloat16, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -434,7 +434,7 @@ def test_merging_needs_memory_for_a_few_tensors(adapter: Path, tmp_path: Path, m
     raw = config_json("llama2", **sizes, torch_dtype="bfloat16")
     base = shutil.copytree(tiny_tokenizers.llama3(), tmp_path / "large")
     (base / "config.json").write_text(json.dumps(raw))
-    monkeypatch.setattr("minilora.weights.SHARD_BYTES", 50_000_000)
+    monkeypatch.setattr("minilora.running.saving.SHARD_BYTES", 50_000_000)
     model = build_model(base, CPU, random_weights=True).model
     save_weights(model, base, torch.bfloat16)
     size = sum(p.numel() * 2 for p in model.parameters())

@@ -65,7 +65,7 @@ def layer_of(weight: Tensor, bits: int, double_quant: bool = True, bias: Tensor 
     with tempfile.TemporaryDirectory() as directory:
         tensors = {"layer.weight": weight.contiguous()} | ({} if bias is None else {"layer.bias": bias})
         save_file(tensors, Path(directory) / "model.safetensors")
-        load_weights(model, Path(directory), CPU, weight.dtype, layers)
+        load_weights(model.to(weight.dtype), Path(directory), CPU, weight.dtype, layers)
     return layers["layer"]
 
 

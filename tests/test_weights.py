@@ -27,15 +27,15 @@ from minilora import weights
 from minilora.build import build_model
 from minilora.config import UserError
 from minilora.model import CausalLM, DecoderConfig
+from minilora.running import saving
 from minilora.running.directory import save_config
+from minilora.running.saving import save_weights, write_safetensors
 from minilora.weights import (
     draw_weights,
     load_weights,
     read_json,
     resolve,
-    save_weights,
     weight_map,
-    write_safetensors,
 )
 from tiny_models import VOCAB, config_json, from_config_json, ours, random_tokens, tiny
 
@@ -117,7 +117,7 @@ def test_loaded_weights_do_not_hang_on_the_file(directory: Path, hf_llama: PreTr
 def test_what_is_written_is_read_by_transformers(
     tied: bool, dtype: torch.dtype, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(saving, "SHARD_BYTES", shard_bytes)
     hf = tiny("qwen2", tie_word_embeddings=tied)
     save_weights(ours(hf), tmp_path, dtype)
     save_config(tmp_path, json.loads(hf.config.to_json_string()), dtype)
@@ -194,7 +194,7 @@ def test_loading_needs_no_more_memory_than_the_model(shards: Path, tmp_path: Pat
     large.mkdir()
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 8000}
     raw = config_json("llama2", **sizes, torch_dtype="bfloat16")
-    monkeypatch.setattr(weights, "SHARD_BYTES", 50_000_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 50_000_000)
     with torch.device("meta"):
         model = CausalLM(DecoderConfig.from_hf(raw))
     save_weights(model.to_empty(device="cpu"), large, torch.bfloat16)

@@ -33,7 +33,7 @@ def load_documents(names: str | Sequence[str], data: DataConfig, tokenizer: Toke
     data.strict for the first row that would be dropped.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    cached = _cache_directory() / f"{_cache_key(names, data, tokenizer, what)}.safetensors"
+    cached = cache_directory() / f"{_cache_key(names, data, tokenizer, what)}.safetensors"
     cached.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{cached}.lock"):
         documents = _from_cache(cached)
@@ -49,7 +49,7 @@ def load_documents(names: str | Sequence[str], data: DataConfig, tokenizer: Toke
     return documents
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
 
 

@@ -9,10 +9,17 @@ from minilora.config import Config, DataConfig, UserError
 from minilora.data import Documents
 from minilora.evaluation import metrics
 from minilora.running.cache import load_documents
+from minilora.running.special_tokens import warn_of_unlearnt, with_added_tokens
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from minilora.weights import read_json
 
 EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
+
+
+def make_tokenizer(config: Config, base: Path) -> Tokenizer:
+    """The base's tokenizer with the run's chat template and added tokens. Raises UserError."""
+    directory = with_added_tokens(base, config.data.add_tokens) if config.data.add_tokens else base
+    return Tokenizer(directory, chat_template(config.data.chat_template))
 
 
 def chat_template(name: str | None) -> str | None:
@@ -37,10 +44,13 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documen
     if config.eval.metrics and targets:  # one that a metric cannot read shows now, not at the first evaluation
         metrics.score(config.eval.metrics, targets, targets)
     rows = read_json(base / "config.json").get("vocab_size") or 0
+    rows = max(rows, tokenizer.vocab_size) if data.add_tokens else rows
     largest = max(int(d.tokens.max()) for d, _ in eval_sets.values())
     if largest >= rows:  # a model is never resized silently
         token = tokenizer.decode([largest], skip_special_tokens=False)
         raise UserError(f"the tokenizer gives {token!r} the id {largest}, but {base}/config.json has a vocab_size of {rows}")
+    if config.method == "lora" and not config.lora.train_embeddings:
+        warn_of_unlearnt(documents, tokenizer, base)
     return documents, training_rows(documents, data, config.seed), eval_sets
 
 

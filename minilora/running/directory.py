@@ -11,7 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora import dist
 from minilora.checkpoint import STATE, save_adapter
@@ -19,10 +19,12 @@ from minilora.config import Config, LoraConfig, RunError, TrainConfig, UserError
 from minilora.dist import WHOLE, Whole
 from minilora.evaluation import metrics
 from minilora.lora import adapter_state
+from minilora.model import CausalLM
+from minilora.running.saving import save_weights
 from minilora.running.settings import leaves
 from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.tokenizer import Tokenizer
-from minilora.weights import read_json, save_weights
+from minilora.weights import read_json
 
 # config fields that may change between a run and its continuation: they do not bend what has been trained so far
 FREE_TO_CHANGE = (
@@ -129,7 +131,7 @@ def is_complete(directory: Path) -> bool:
 
 
 def save(
-    directory: Path, model: nn.Module, tokenizer: Tokenizer, config: Config, lora: LoraConfig | None, state: TrainerState,
+    directory: Path, model: CausalLM, tokenizer: Tokenizer, config: Config, lora: LoraConfig | None, state: TrainerState,
     tensors: dict[str, Tensor], base: Path, dtype: torch.dtype, place: Whole = WHOLE,
 ) -> None:  # fmt: skip
     """Write a checkpoint, all processes together. tensors: what resuming needs (see `training_tensors`); base: the
@@ -138,7 +140,7 @@ def save(
     def write(target: Path) -> None:
         if lora is None:
             save_weights(model, target, dtype, place)
-        adapter = adapter_state(model, place)
+        adapter = {} if lora is None else adapter_state(model, place)
         if place.count > 1:
             save_spread(target / SPREAD, tensors, dict(model.named_parameters()), place)
         if dist.rank() > 0:
@@ -146,7 +148,7 @@ def save(
         if lora is not None:
             save_adapter(target, adapter, lora, config)
         else:
-            save_config(target, read_json(base / "config.json"), dtype)
+            save_config(target, read_json(base / "config.json") | {"vocab_size": model.config.vocab_size}, dtype)
         tokenizer.save(target)
         if place.count == 1:
             safetensors.torch.save_file(tensors, str(target / TENSORS))

@@ -107,7 +107,7 @@ def validate(config: Config) -> None:
     """Refuse values that are out of range or contradict each other, naming the fields. Raises UserError."""
     m, d, t, e = config.model, config.data, config.train, config.eval
     problems = [
-        (not d.train_file or "" in d.train_file, "data.train_file is not set: give a JSONL file"),
+        (not train_files(d) or "" in train_files(d), "data.train_file is not set: give a data file"),
         (len({*train_files(d)}) < len(train_files(d)), "data.train_file names a file twice: data.train_weights says how often"),
         (d.train_weights and len(d.train_weights) != len(train_files(d)), "data.train_weights needs one weight a file"),
         (not all(0 < w < float("inf") for w in d.train_weights), "data.train_weights must be positive"),

@@ -35,19 +35,27 @@ def preview(documents: Documents, tokenizer: Tokenizer, count: int, seed: int, o
         print(
             f"--- example {rows[-1]['index']}: {len(ids)} tokens, {supervised} supervised, {trained} of them trained in epoch 0"
         )
-        kinds = [
-            "prompt" if e == IGNORE else "trained" if t != IGNORE else "dropped"
-            for e, t in zip(labels, train_labels, strict=True)
-        ]
-        done: list[int] = []
-        for kind, run in groupby(zip(kinds, ids.tolist(), strict=True), key=lambda pair: pair[0]):
-            piece = [token for _, token in run]
-            shown = tokenizer.decode([*done, *piece], False)[len(tokenizer.decode(done, False)) :]
+        for kind, shown in pieces(documents, tokenizer, i, seed):
             before, after = STYLES[kind][not colour]
             print(f"{before}{shown}{after}", end="")
-            done += piece
         print("\n")
     make_directory(out)
     with open(out / "preview.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"written to {out / 'preview.jsonl'}")
+
+
+def pieces(documents: Documents, tokenizer: Tokenizer, i: int, seed: int) -> list[tuple[str, str]]:
+    """Document i, as epoch 0 trains it, in stretches of (kind, text); the kinds are those of STYLES."""
+    labels, train_labels = documents.labels(i), documents.labels(i, (seed, 0))
+    kinds = [
+        "prompt" if e == IGNORE else "trained" if t != IGNORE else "dropped" for e, t in zip(labels, train_labels, strict=True)
+    ]
+    done: list[int] = []
+    found, before = [], ""
+    for kind, run in groupby(zip(kinds, documents.ids(i).tolist(), strict=True), key=lambda pair: pair[0]):
+        done += [token for _, token in run]
+        text = tokenizer.decode(done, False)
+        found.append((kind, text[len(before) :]))
+        before = text
+    return found
