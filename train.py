@@ -31,9 +31,12 @@ from minilora.running.signals import StopSignal
 from minilora.running.training_state import load_training_tensors, training_tensors
 from minilora.tokenizer import Tokenizer
 from minilora.tracking import Tracker
+from minilora.tracking.hub import HubPush
 from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
 from minilora.weights import resolve
+
+UPLOAD, STOPPED_UPLOAD = 600, 15  # seconds to wait for an upload at the end of a run, and of one that was asked to stop
 
 
 def main(config: Config) -> int:
@@ -53,18 +56,20 @@ def main(config: Config) -> int:
     if checkpoint and nothing_to_do(checkpoint, state, total_steps, train):
         return 0
 
+    hub = HubPush(config) if config.hub.push and dist.rank() == 0 else None
     device = dist.default_device()
     dist.init(device)
     torch.use_deterministic_algorithms(config.deterministic)
     built, parameters = build_trainable(config, checkpoint, base, tokenizer, device)
-    model = built.model
     ema = EMA(parameters, train.ema_decay)
     optimizer = adamw(built, parameters, train, checkpoint, ema)
     start_directory(out, config)  # the first thing that is written: whatever is wrong with the input has been found
     resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
     set_aside(checkpoint, out, state.step)
-    tracker = Tracker(config, out, state.step, total_steps)
+    tracker = Tracker(config, out, state.step, total_steps, [documents for documents, _ in eval_sets.values()], tokenizer, hub)
+    if config.eval.eval_on_start and state.step == 0:
+        evaluate(config, built, tokenizer, eval_sets, tracker, {"step": 0, "epoch": 0.0})
     window = Window(device)
     order = np.empty(0, dtype=np.int64)
 
@@ -78,9 +83,10 @@ def main(config: Config) -> int:
             micro_batches = my_micro_batches(order[at * docs_per_step : (at + 1) * docs_per_step], train.batch_size, built)
             for i, which in enumerate(micro_batches):
                 batch = documents.batch(which, draw=(config.seed, epoch))
-                built.place.reduce(model, now=i + 1 == len(micro_batches) or config.method == "full")  # full: no room to wait
+                last = i + 1 == len(micro_batches)
+                built.place.reduce(built.model, now=last or config.method == "full")  # full: there is no room to wait
                 with autocast_to(built.autocast, device):
-                    loss = model(batch.tokens.to(device, non_blocking=True), batch.lengths, loss_with(batch.labels))
+                    loss = built.model(batch.tokens.to(device, non_blocking=True), batch.lengths, loss_with(batch.labels))
                 loss.backward()  # of the sum: finish_gradients divides by the count over all micro-steps and ranks
                 window.add(loss.detach(), batch.supervised, len(batch.tokens) * bool(len(which)))
             window.grad_norm = finish_gradients(built, parameters, window, train.max_grad_norm)
@@ -109,14 +115,19 @@ def main(config: Config) -> int:
                         state.finished |= state.out_of_patience(train)
                     if saving or state.finished:
                         name = save_checkpoint(config, built, tokenizer, state, optimizer, parameters, ema, base)
-                        tracker.log(position | {"checkpoint": name})
+                        tracker.saved(position, name)
                 window.restart_clock()
-    tracker.close()
+    tracker.close(patience=UPLOAD if state.finished else STOPPED_UPLOAD)
     dist.finish()
+    return conclude(out, state, stop.number)
+
+
+def conclude(out: Path, state: TrainerState, signal: int) -> int:
+    """Say how the run ended; returns the exit code."""
     if not state.finished:
-        dist.log(f"stopped by signal {stop.number} after step {state.step}, saved; the same command continues")
-        return 128 + stop.number
-    dist.log(f"done: {out / 'checkpoint-final'}; metrics in {out / 'metrics.jsonl'}{state.best_text()}")
+        dist.log(f"stopped by signal {signal} after step {state.step}, saved; the same command continues")
+        return 128 + signal
+    dist.log(f"done: {out / 'checkpoint-final'}; a report in {out / 'report.html'}{state.best_text()}")
     return 0
 
 
@@ -261,6 +272,7 @@ def evaluate(
             found = {f"eval/{list(sets)[-1]}/{key}": value for key, value in metrics.score(e.metrics, texts, targets).items()}
             tracker.log(position | found)
             figures |= found
+    tracker.evaluated()
     place.rest(model)
     dist.barrier()
     model.train()

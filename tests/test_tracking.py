@@ -7,6 +7,8 @@ import pytest
 
 import train
 from minilora.config import UserError
+from minilora.running.cache import load_documents
+from minilora.tokenizer import Tokenizer
 from minilora.tracking import Tracker, append
 from tiny_runs import base_model, config, metrics
 
@@ -52,8 +54,10 @@ def test_lines_after_the_checkpoint_are_written_anew(tmp_path, base):
     append(tmp_path / "metrics.jsonl", [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)])
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 2, "lo')  # torn by a kill
-    tracker = Tracker(config(tmp_path, base, output_dir=str(tmp_path)), tmp_path, start_step=2, total_steps=9)
+    c, tokenizer = config(tmp_path, base, output_dir=str(tmp_path)), Tokenizer(base)
+    documents = load_documents(c.data.train_file, c.data, tokenizer, "train_file")
+    tracker = Tracker(c, tmp_path, 2, 9, [documents], tokenizer, hub=None)
     tracker.log({"step": 3, "loss": 2.0, "tokens_per_second": 1.0})
-    tracker.close()
+    tracker.close(patience=0)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 2.0)]

@@ -24,7 +24,7 @@ LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|Checkp
 
 # what the contract names and this version cannot do yet, with the values it can: refused, never ignored
 NOT_YET: dict[str, tuple] = {
-    "train.compile": (False,), "hub.push": (False,), "plan": (False,),
+    "train.compile": (False,), "plan": (False,),
 }  # fmt: skip
 
 
@@ -151,6 +151,7 @@ def validate(config: Config) -> None:
         (e.num_generate_samples < 0 or e.max_new_tokens < 1, "eval.num_generate_samples / max_new_tokens are out of range"),
         (set(e.metrics) - {"loss", "ppl"} and not e.num_generate_samples, "eval.metrics needs eval.num_generate_samples"),
         (t.early_stopping_patience is not None and t.early_stopping_patience < 1, "train.early_stopping_patience must be >= 1"),
+        (config.hub.push and not config.hub.repo_id, "hub.push needs hub.repo_id: the repository to push to (owner/name)"),
         (min(config.preview, config.seed) < 0, "preview and seed must not be negative"),
     ]  # fmt: skip
     for wrong, message in problems:

@@ -1,5 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl and samples.jsonl always, TensorBoard and wandb on request, a progress bar."""
+"""Where a run's numbers go: metrics.jsonl, samples.jsonl and report.html always, TensorBoard, wandb and the hub on request."""
 
+import html
 import importlib.util
 import json
 import os
@@ -9,19 +10,29 @@ import tqdm
 
 from minilora import dist
 from minilora.config import Config, UserError
+from minilora.data import Documents
 from minilora.running.settings import leaves
+from minilora.tokenizer import Tokenizer
+from minilora.tracking.hub import HubPush
+from minilora.tracking.report import Report
 
 
 class Tracker:
     """Writes on the first process, does nothing on the others. Steps are optimizer steps done."""
 
-    def __init__(self, config: Config, out: Path, start_step: int, total_steps: int):
+    def __init__(
+        self, config: Config, out: Path, start_step: int, total_steps: int, sets: list[Documents], tokenizer: Tokenizer,
+        hub: HubPush | None,
+    ):  # fmt: skip
+        """sets: what the report shows the counts of, and of the first the masks; hub: where checkpoints go."""
         self.active = dist.rank() == 0
-        self.writers: list = []
+        self.writers: list = []  # of a row of numbers
+        self.tables: list = []  # writers of samples
         self.closers: list = []
         if not self.active:
             return
-        self.out = out
+        self.out, self.hub = out, hub
+        self.report = Report(out, sets, tokenizer, config.seed)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _forget_after(out / name, start_step)
         if config.log.tensorboard:
@@ -38,6 +49,7 @@ class Tracker:
 
         self.tensorboard = SummaryWriter(str(self.out / "runs"), purge_step=start_step + 1 if start_step else None)
         self.writers.append(self._write_tensorboard)
+        self.tables.append(lambda rows: self.tensorboard.add_text("samples", markdown(rows), rows[0]["step"]))
         self.closers.append(self.tensorboard.close)
 
     def _write_tensorboard(self, row: dict) -> None:
@@ -56,6 +68,13 @@ class Tracker:
         )  # fmt: skip
         self.writers.append(lambda row: run.log(_scalars(row), step=row["step"]))
 
+        def write_table(rows: list[dict]) -> None:
+            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            run.log({"samples": table}, step=rows[0]["step"])
+
+        self.tables.append(write_table)
+        self.closers.append(run.finish)
+
     def step(self) -> None:
         """One optimizer step is done."""
         if self.active:
@@ -72,12 +91,30 @@ class Tracker:
             self.bar.set_postfix(loss=f"{row['loss']:.4f}", tok_s=f"{row['tokens_per_second']:,.0f}", refresh=False)
 
     def samples(self, rows: list[dict]) -> None:
+        """Answers of one evaluation."""
         if self.active:
             append(self.out / "samples.jsonl", rows)
+            for write in self.tables:
+                write(rows)
 
-    def close(self) -> None:
+    def evaluated(self) -> None:
+        """An evaluation is complete: the report shows it."""
+        if self.active:
+            self.report.write()
+
+    def saved(self, position: dict, name: str) -> None:
+        """A checkpoint is there."""
+        self.log(position | {"checkpoint": name})
+        if self.active and self.hub is not None:
+            self.hub.push(self.out / name, position["step"], f"step {position['step']}, epoch {position['epoch']:.4g}")
+
+    def close(self, patience: float) -> None:
+        """The run ends; patience: seconds to wait for an upload that is under way."""
         if self.active:
             self.bar.close()
+            self.report.write()
+            if self.hub is not None:
+                self.hub.close(patience)
             for close in self.closers:
                 close()
 
@@ -95,13 +132,23 @@ def _forget_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+            if 0 <= json.loads(line)["step"] <= step > 0 and line.endswith("\n"):
                 kept.append(line)
         except (ValueError, KeyError):
             continue
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Samples as a table, for TensorBoard."""
+
+    def cell(value: object) -> str:
+        return html.escape(str(value)).replace("|", "&#124;").replace("\n", "<br>")
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def _scalars(row: dict) -> dict[str, float]:

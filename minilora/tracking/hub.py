@@ -242,7 +242,7 @@ def model_card(config: Config, directory: Path, metrics: list[dict], step: int) 
     name, _, tail = model.name.partition("@") if _is_hub_id(model.name.partition("@")[0]) else (model.name, "", "")
     revision, known, scratch = model.revision or tail, _is_hub_id(name), full and model.init == "random"
     files = config.data.train_file if isinstance(config.data.train_file, tuple) else (config.data.train_file,)
-    table = {"training data": ", ".join(Path(file).name for file in files)}
+    table: dict[str, object] = {"training data": ", ".join(Path(file).name for file in files)}
     table |= {name: leaves(config)[name] for name in SHOWN} | {"processes": dist.world_size()}
     if not full:
         lora = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))

@@ -157,10 +157,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     every = [m * 10.0**i for i in range(first - 1, end + 1) for m in (1, 2, 5)]
     low, high = max(tick for tick in every if tick <= low), min(tick for tick in every if tick >= high)
     ticks = [tick for tick in every if low <= tick <= high]
-    if len(ticks) <= 7:
-        return ticks
     tens = [10.0**i for i in range(first, end + 1) if 2.5 * low < 10.0**i < high / 2.5]
-    return [low, *tens[:: math.ceil(len(tens) / 5)], high]
+    return ticks if len(ticks) <= 7 else [low, *tens[:: math.ceil(len(tens) / 5)], high]
 
 
 def finite(value: object) -> bool:

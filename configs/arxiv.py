@@ -1,0 +1,29 @@
+"""OLLM's arXiv run (Lo et al., NeurIPS 2024, arXiv 2410.23584): the model of configs/wiki.py adapts to arXiv's own taxonomy.
+
+python merge.py out/wiki/checkpoint-final                         # its result becomes the base here
+python train.py configs/arxiv.py --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
+
+A small adapter, a low rate and 2,048 articles: enough to take over another taxonomy without forgetting how paths are written.
+Rows look as in examples/wiki, with a paper's title and abstract.
+"""
+
+from minilora.config import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, TrainConfig
+
+config = Config(
+    output_dir="out/arxiv",
+    model=ModelConfig(name="out/wiki/checkpoint-final/merged"),
+    lora=LoraConfig(rank=8, alpha=8),
+    data=DataConfig(
+        train_file="examples/wiki/train.jsonl",
+        eval_file="examples/wiki/eval.jsonl",
+        train_size=2048,
+        eval_size=256,
+        chat_template="mistral",  # as in configs/wiki.py
+        max_seq_length=2048,
+    ),
+    train=TrainConfig(
+        epochs=3, batch_size=8, learning_rate=3e-6, lr_scheduler="constant_with_warmup", warmup_steps=10, group_by_length=False,
+        logging_steps=8,
+    ),
+    eval=EvalConfig(eval_steps=32),
+)  # fmt: skip
