@@ -158,7 +158,6 @@ def check(args: Args) -> None:
         (args.output and target.is_dir(), f"--output: {args.output!r} is a directory; name a file in it"),
         (args.output and target.exists() and not target.is_file(), f"--output: {args.output!r} is no regular file"),
         (args.output and not os.access(target.resolve().parent, os.W_OK), f"--output: {args.output!r} cannot be written there"),
-        (source is not None and not Path(source).is_file(), f"--input: {source!r} does not exist"),
         (source and Path(source).resolve() == target.resolve(), "--output: is the same file as --input"),
         ("" in (args.stop or ()), "--stop: an empty string would end every answer at once"),
         (not 0 <= (args.temperature or 0) < float("inf"), "--temperature must be >= 0"),

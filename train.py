@@ -64,7 +64,7 @@ def main(config: Config) -> int:
     ema = EMA(parameters, train.ema_decay)
     optimizer = adamw(built, parameters, train, checkpoint, ema)
     start_directory(out, config)  # the first thing that is written: whatever is wrong with the input has been found
-    resumed = f", resumed from {checkpoint} at step {state.step}" if checkpoint else ""
+    resumed = f", resumed from {checkpoint} at step {state.step}" * bool(checkpoint)
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
     set_aside(checkpoint, out, state.step)
     tracker = Tracker(config, out, state.step, total_steps, [documents for documents, _ in eval_sets.values()], tokenizer, hub)

@@ -3,8 +3,9 @@
 python train.py configs/price.py --data.train_file T.jsonl --data.eval_file E.jsonl --hub.repo_id NAME/price --output_dir OUT
 
 A row is {"text": "How much does this cost to the nearest dollar?\\n\\n<description>\\n\\nPrice is $249.00"}. What stands after
-the last "Price is $", and the end token, is all that is learnt. Each checkpoint goes to a private repository of the hub, whose token
-is read from the environment (HF_TOKEN); --hub.push False leaves it out. infer.py --metrics numeric says how far off the prices are.
+the last "Price is $", and the end token, is all that is learnt. Each checkpoint goes to a private repository of the hub, with the
+token that is in the environment (HF_TOKEN); --hub.push False leaves it out. infer.py --metrics numeric says how far off the
+prices are.
 """
 
 from minilora.config import Config, DataConfig, EvalConfig, HubConfig, LoraConfig, ModelConfig, TrainConfig

@@ -1,29 +1,16 @@
-"""Adapters as files in PEFT's layout, in and out (running/directory.py makes a checkpoint of one, whole or absent)."""
+"""Adapters as files in PEFT's layout, and what a checkpoint says of its run (running/saving.py and directory.py write them)."""
 
 import dataclasses
-import json
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from minilora.config import Config, LoraConfig, ModelConfig, UserError
-from minilora.lora import from_peft_config, to_peft_config
+from minilora.config import LoraConfig, ModelConfig, UserError
+from minilora.lora import from_peft_config
 from minilora.weights import open_safetensors, read_json
 
 STATE = "trainer_state.json"
-
-
-def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, config: Config) -> None:
-    """adapter_model.safetensors and adapter_config.json as PEFT reads them; state: see `adapter_state`."""
-    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-    safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
-    name = config.model.name
-    if Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser().resolve())  # found again from any working directory
-    peft = to_peft_config(lora, name, config.model.revision, state)
-    (directory / "adapter_config.json").write_text(json.dumps(peft, indent=2), encoding="utf-8")
 
 
 def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict]:

@@ -7,7 +7,6 @@ are rendered in jinja2's sandbox, as transformers does. Nothing here runs a repo
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
@@ -167,7 +166,7 @@ class Tokenizer:
     def __init__(self, directory: str | Path, chat_template: str | None = None):
         """Read the tokenizer files of `directory`. chat_template replaces the model's own. Raises UserError."""
         self.directory = Path(directory)
-        config = _read_json(self.directory / "tokenizer_config.json")
+        config = read_object(self.directory / "tokenizer_config.json")
         if "auto_map" in config:
             raise UserError(f"{self.directory}/tokenizer_config.json: auto_map asks for remote code, which is never run")
         fast, model = self.directory / "tokenizer.json", self.directory / "tokenizer.model"
@@ -179,7 +178,7 @@ class Tokenizer:
             raise UserError(f"{fast if fast.is_file() else model}: not a readable tokenizer: {error}") from error
         self.vocab_size, self.specials = self.backend.size, self.backend.specials
         self._special_text = {i: token for token, i in self.specials.items()}
-        special = {**_read_json(self.directory / "special_tokens_map.json"), **config}
+        special = {**read_object(self.directory / "special_tokens_map.json"), **config}
         self.bos_token, self.bos_id = self._special(special, "bos_token", "<s>")
         self.eos_token, self.eos_id = self._special(special, "eos_token", "</s>")
         adds_bos = config.get("add_bos_token")
@@ -246,7 +245,7 @@ class Tokenizer:
     def stop_ids(self) -> set[int]:
         """Every id that ends an answer: EOS, what generation_config.json adds, and what ends a turn in the chat template
         (Qwen's base models end a turn with <|im_end|>, though their EOS is another)."""
-        more = _read_json(self.directory / "generation_config.json").get("eos_token_id")
+        more = read_object(self.directory / "generation_config.json").get("eos_token_id")
         more = more if isinstance(more, list) else [more]
         try:
             text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!answer!"}])
@@ -264,16 +263,6 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UserError(f"chat template: {error}") from error
-
-    def save(self, directory: Path) -> None:
-        """Copy the tokenizer files, and write out the template in use, so that servers render the same prompts."""
-        for name in TOKENIZER_FILES:
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, directory / name)
-        (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        generation = _read_json(self.directory / "generation_config.json")
-        generation |= {"eos_token_id": sorted(ends)} if (ends := self.stop_ids()) else {}
-        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -309,7 +298,8 @@ def _content(token: str | dict | None) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, empty if there is none."""
     if not path.is_file():
         return {}
     try:

@@ -22,6 +22,7 @@ from minilora.dist import WHOLE, Whole
 if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no others
     from minilora.quant import QuantizedLinear
 
+TIMEOUT = 60.0  # seconds without a byte from or to the hub after which a request has failed
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ROWS_PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
@@ -29,17 +30,41 @@ HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
-    """The local directory of a model: `name` itself, or the hub's cached snapshot. Raises UserError."""
+    """The directory of a model: `name` itself, or the hub's cached snapshot of `owner/name[@revision]`. Raises UserError."""
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    repository, _, at = name.partition("@")
+    if path.is_absolute() or name.startswith((".", "~")) or repository.count("/") != 1:
         raise UserError(f"model {name!r}: no such directory, and not a hub id (owner/name)")
+    return fetch(repository, revision or at or None, HUB_FILES, f"model {name!r} is no directory")
+
+
+def fetch(repository: str, revision: str | None, patterns: list[str], what: str, kind: str = "model") -> Path:
+    """The hub's snapshot of the files that match, through its cache. Raises UserError, which `what` begins."""
+    limit_waiting()
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        found = huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns)
     except Exception as error:  # the client's many exceptions all mean: cannot be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model {name!r} is neither a directory nor could it be fetched from the hub: {reason}") from error
+        first: BaseException = error  # the outermost may only say that a connection could be missing
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = (str(first).splitlines() or [type(first).__name__])[0]
+        raise UserError(f"{what}, and {repository} could not be fetched from the hub: {reason}") from error
+    return Path(found)
+
+
+def limit_waiting() -> None:
+    """Give every request of the hub's client a time limit: some have none."""
+    client = huggingface_hub.get_session()
+    if _limit not in client.event_hooks["request"]:
+        hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _limit]}
+        huggingface_hub.set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def _limit(request) -> None:
+    given = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {key: given.get(key) or TIMEOUT for key in ("connect", "read", "write", "pool")}
 
 
 def read_json(path: Path) -> dict:

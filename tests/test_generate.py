@@ -18,11 +18,11 @@ import minilora
 import tiny_tokenizers
 import train
 from minilora.build import build_model
-from minilora.checkpoint import save_adapter
 from minilora.config import Config, DataConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, TrainConfig, UserError
 from minilora.generate import Answer, generate_ids, sample
 from minilora.lora import adapter_state, init_adapters, inject, lora_layers
 from minilora.model import CausalLM
+from minilora.running.saving import save_adapter
 from minilora.tokenizer import Tokenizer
 from tiny_models import VOCAB, WINDOW, config_json, ours, tiny
 

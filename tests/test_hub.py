@@ -35,7 +35,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.utils._http, "time", quick)
     monkeypatch.setattr(huggingface_hub.file_download, "time", quick)
     monkeypatch.setattr(tracking, "WAIT", 0.01)
-    monkeypatch.setattr(tracking, "TIMEOUT", 1.0)
+    monkeypatch.setattr("minilora.weights.TIMEOUT", 1.0)
 
 
 @pytest.fixture
@@ -74,8 +74,13 @@ def final(config: Config) -> Path:
 
 
 def wanted(directory: Path) -> dict[str, bytes]:
-    """What should be on the hub of a checkpoint: everything but what resuming needs."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in RESUMING}
+    """What should be on the hub of a checkpoint: everything but what resuming needs, and where the base lies here."""
+    files = {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in RESUMING}
+    if "adapter_config.json" in files:
+        raw = json.loads(files["adapter_config.json"])
+        raw["base_model_name_or_path"] = raw["base_model_name_or_path"].rpartition("/")[2]
+        files["adapter_config.json"] = json.dumps(raw, indent=2).encode()
+    return files
 
 
 def on_hub(hub: Hub, repo: str = NAME) -> dict[str, bytes]:
@@ -149,7 +154,7 @@ def test_own_account_public_and_existing(hub: Hub, config: Config, capfd: pytest
 
 
 def test_the_newest_of_those_that_wait(hub: Hub, config: Config, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracking, "TIMEOUT", 30.0)
+    monkeypatch.setattr("minilora.weights.TIMEOUT", 30.0)
     pusher = tracking.HubPush(config)
     hub.fail("commit", "hang")
     copies = [shutil.copytree(final(config), Path(config.output_dir) / f"copy-{i}") for i in range(1, 5)]
@@ -174,7 +179,7 @@ def test_the_newest_of_those_that_wait(hub: Hub, config: Config, capfd: pytest.C
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_checkpoint_removed_during_its_upload(hub: Hub, config: Config, links: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracking, "TIMEOUT", 30.0)
+    monkeypatch.setattr("minilora.weights.TIMEOUT", 30.0)
     if not links:
 
         def refuse(*_):
@@ -277,7 +282,7 @@ def test_faults_that_pass(hub: Hub, config: Config, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("fault", [500, 403, "reset", "hang"])
 def test_a_server_that_stays_broken(hub: Hub, config: Config, capfd, monkeypatch, tmp_path: Path, fault: int | str):
-    monkeypatch.setattr(tracking, "TIMEOUT", 0.2)
+    monkeypatch.setattr("minilora.weights.TIMEOUT", 0.2)
     pusher = tracking.HubPush(config)
     hub.fail("commit", fault, times=1000)
     pusher.push(final(config), 2, "step 2")
@@ -348,10 +353,10 @@ def test_the_token_is_nowhere(hub: Hub, config: Config, capfd: pytest.CaptureFix
     """Not even where a server repeats it in an error, as this one does."""
     pusher = tracking.HubPush(config)
     hub.fail("preupload", 500, 2)
-    hub.fail("commit", 418)
+    hub.fail("commit", 403)
     pusher.push(final(config), 2, "step 2")
     until(lambda: pusher.error)
-    assert "you sent" in pusher.error or "418" in pusher.error
+    assert "you sent" in pusher.error
     pusher.push(final(config), 3, "step 3")
     pusher.close(30)
     assert any(hub.token in headers.get("authorization", "") for headers in map(lower, hub.headers))  # it was used
@@ -489,7 +494,6 @@ def test_a_model_by_id(hub: Hub, base: dict[str, bytes]):
         resolve("tester/base", "v9")
 
 
-@pytest.mark.xfail(reason="resolve reads no owner/name@revision yet")
 def test_a_revision_in_the_name(hub: Hub, base: dict[str, bytes]):
     directory = resolve("tester/base@v0")
     assert (directory / "generation_config.json").read_bytes() == b'{"old": 1}'
@@ -545,10 +549,7 @@ def test_what_cannot_be_fetched(hub: Hub, base: dict[str, bytes], monkeypatch, k
     with pytest.raises(UserError, match="tester/base") as error:
         resolve("tester/base")
     assert hub.token not in str(error.value)
-    if kind == "resolve" and isinstance(fault, int):  # the client's own words: the status is in its exception's cause
-        assert "Internet connection" in str(error.value)
-    else:
-        assert str(fault) in str(error.value) or isinstance(fault, str)
+    assert str(fault) in str(error.value) or isinstance(fault, str)
     hub.fail("*", 500, times=10_000)
     with pytest.raises(UserError, match="tester/base"):  # what lies in the cache is not taken for whole
         resolve("tester/base")
@@ -556,17 +557,15 @@ def test_what_cannot_be_fetched(hub: Hub, base: dict[str, bytes], monkeypatch, k
     assert {p.name: p.read_bytes() for p in resolve("tester/base").iterdir()} == base
 
 
-@pytest.mark.xfail(reason="minilora.weights shows only the first line of the client's error, which does not name the cause")
 def test_the_cause_is_named(hub: Hub, base: dict[str, bytes]):
     hub.fail("resolve", 500, times=10_000)
     with pytest.raises(UserError, match="500"):
         resolve("tester/base")
 
 
-@pytest.mark.xfail(reason="minilora.weights sets no time limit for what the client asks without one")
 @pytest.mark.parametrize("kind", ["info", "tree"])
 def test_a_hub_that_hangs_is_given_up(hub: Hub, base: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, kind: str):
-    monkeypatch.setattr("minilora.weights.TIMEOUT", 0.2, raising=False)
+    monkeypatch.setattr("minilora.weights.TIMEOUT", 0.2)
     hub.hang_seconds = 3.5 if kind == "info" else 0.7  # the client asks for a tree six times
     hub.fail(kind, "hang", times=100)
     start = time.monotonic()

@@ -27,7 +27,7 @@ from minilora.build import build_model
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, UserError
 from minilora.lora import lora_layers
 from minilora.running.directory import TrainerState, save
-from minilora.running.saving import save_weights
+from minilora.running.saving import save_tokenizer, save_weights
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 from tiny_models import config_json, in_bfloat16, random_tokens, tiny
 
@@ -254,7 +254,7 @@ def test_prompts_are_the_same_everywhere(name: str, template: str | None, tmp_pa
     base = base_of(tiny("llama3", vocab_size=plain.vocab_size, eos_token_id=plain.eos_id), tmp_path / "base", tokenizer=name)
     tokens = Tokenizer(base, MISTRAL_TEMPLATE if template else None)
     adapter = adapter_of(base, tmp_path / "adapter")
-    tokens.save(adapter)
+    save_tokenizer(tokens, adapter)
     out = merged(adapter)
     ours_again, theirs = Tokenizer(out), AutoTokenizer.from_pretrained(out)
     for messages in (CHAT, CHAT[:1]):

@@ -13,6 +13,7 @@ import transformers
 
 import tiny_tokenizers
 from minilora.config import UserError
+from minilora.running.saving import save_tokenizer
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 
 EVERY = pytest.mark.parametrize("name", tiny_tokenizers.BUILDERS)
@@ -355,7 +356,7 @@ def test_a_special_token_outside_the_vocabulary_is_named(tmp_path):
 
 @EVERY
 def test_saved_and_reloaded_it_is_the_same(name, tmp_path):
-    ours(name).save(tmp_path)
+    save_tokenizer(ours(name), tmp_path)
     reloaded = Tokenizer(tmp_path)
     assert reloaded.chat_template == ours(name).chat_template
     rendered = ours(name).render(CONVERSATIONS["three turns"], add_generation_prompt=True)
@@ -366,7 +367,7 @@ def test_saved_and_reloaded_it_is_the_same(name, tmp_path):
 def test_a_replaced_template_reaches_whoever_loads_the_saved_files(tmp_path):
     """Pitfall row 35: a server reads the saved directory and must render the prompts of training."""
     template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    Tokenizer(tiny_tokenizers.llama3(), template).save(tmp_path)
+    save_tokenizer(Tokenizer(tiny_tokenizers.llama3(), template), tmp_path)
     messages = CONVERSATIONS["three turns"]
     tokenizer, server = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == template
@@ -386,7 +387,7 @@ def test_tokens_added_to_mistral_round_trip(tmp_path, special):
     assert ids.count(32000) == ids.count(32001) == 1
     assert text[slice(*spans[ids.index(32000)])] == "<edge>" and text[slice(*spans[ids.index(32001)])] == "[NODE]"
     assert tokenizer.vocab_size > max(ids)
-    tokenizer.save(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     assert Tokenizer(tmp_path).encode(text) == (ids, spans)
     shown = tokenizer.decode(ids, skip_special_tokens=special is False)
     assert "<edge>" in shown and "[NODE]" in shown, "only special tokens may be left out"

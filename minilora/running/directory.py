@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from minilora import dist
-from minilora.checkpoint import STATE, save_adapter
+from minilora.checkpoint import STATE
 from minilora.config import Config, LoraConfig, RunError, TrainConfig, UserError
 from minilora.dist import WHOLE, Whole
 from minilora.evaluation import metrics
 from minilora.lora import adapter_state
 from minilora.model import CausalLM
-from minilora.running.saving import save_weights
+from minilora.running.saving import save_adapter, save_tokenizer, save_weights
 from minilora.running.settings import leaves
 from minilora.running.training_state import SPREAD, TENSORS, save_spread
 from minilora.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def save(
             save_adapter(target, adapter, lora, config)
         else:
             save_config(target, read_json(base / "config.json") | {"vocab_size": model.config.vocab_size}, dtype)
-        tokenizer.save(target)
+        save_tokenizer(tokenizer, target)
         if place.count == 1:
             safetensors.torch.save_file(tensors, str(target / TENSORS))
         record = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}

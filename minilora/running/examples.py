@@ -40,8 +40,11 @@ class Example:
     shorten: Callable[[int], "Example"] | None = None  # the same example with only so many characters of it
 
 
-def parse(line: bytes) -> object:
-    """The JSON of a line. Raises RowError, also for a lone surrogate, which is JSON, but no text."""
+def parse(line: bytes | str) -> object:
+    """The JSON of a line; a str says what is wrong with one. Raises RowError, also for a lone surrogate, which is JSON, but no
+    text."""
+    if isinstance(line, str):
+        raise RowError("malformed", line)
     try:
         row = json.loads(line)
         if b"\\u" in line:

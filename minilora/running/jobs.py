@@ -18,25 +18,26 @@ import filelock
 from minilora import dist
 from minilora.config import UserError
 from minilora.running.examples import RowError, parse
+from minilora.running.sources import data_files, lines_of
 from minilora.weights import read_json
 
 Key = tuple[str | int, int]  # a row's id, and which of its samples
 
 
 def read_rows(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, row) of every line that is not blank. Raises UserError naming file and line."""
+    """(line number, row) of every line that is not blank, of any kind of file (sources.py). Raises UserError naming file and
+    line."""
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file.read().split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse(line)
-            except RowError as error:
-                raise UserError(f"{path}:{number}: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-            rows.append((number, row))
+    for number, line in [line for name, file in data_files(str(path), "input") for line in lines_of(name, file)]:
+        if not line.strip():
+            continue
+        try:
+            row = parse(line)
+        except RowError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+        rows.append((number, row))
     return rows
 
 

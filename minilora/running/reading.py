@@ -111,8 +111,6 @@ def _tokenise_chunk(chunk: tuple[int, str, list[Line]]) -> list[tuple]:
     for line, (number, raw) in enumerate(chunk[2], start=chunk[0]):
         edges: list[Edge] = []
         try:
-            if isinstance(raw, str):
-                raise RowError("malformed", raw)
             if not raw.strip():
                 raise RowError("blank line", "blank")
             examples = build(parse(raw), data, tokenizer)

@@ -1,18 +1,23 @@
-"""Safetensors out, tensor by tensor, and a whole model in Hugging Face layout."""
+"""What others read: safetensors, adapters in PEFT's layout, models and tokenizers in Hugging Face layout."""
 
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from minilora import dist
+from minilora.config import Config, LoraConfig
 from minilora.dist import WHOLE, Whole
+from minilora.lora import to_peft_config
+from minilora.tokenizer import TOKENIZER_FILES, Tokenizer, read_object
 from minilora.weights import DTYPE_CODES, base_parameters, checkpoint_name
 
 SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard
@@ -77,3 +82,28 @@ def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype, place: W
         files = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, config: Config) -> None:
+    """adapter_model.safetensors and adapter_config.json as PEFT reads them; state: see `adapter_state`."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+    name, revision = config.model.name, config.model.revision
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().resolve())  # found again from any working directory
+    elif "@" in name:
+        name, _, at = name.partition("@")
+        revision = revision or at
+    peft = to_peft_config(lora, name, revision, state)
+    (directory / "adapter_config.json").write_text(json.dumps(peft, indent=2), encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Copy the tokenizer files, and write out the template in use, so that servers render the same prompts."""
+    for name in TOKENIZER_FILES:
+        if (tokenizer.directory / name).is_file():
+            shutil.copyfile(tokenizer.directory / name, directory / name)
+    (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    generation = read_object(tokenizer.directory / "generation_config.json")
+    generation |= {"eos_token_id": sorted(ends)} if (ends := tokenizer.stop_ids()) else {}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
-
 from minilora.config import UserError
+from minilora.weights import fetch
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LABELS = {"train_file": "data.train_file", "eval_file": "data.eval_file", "input": "--input"}
 SPLITS = {"train_file": ("train",), "eval_file": ("validation", "valid", "dev", "test"), "input": ("test",)}
 
 Line = tuple[int, bytes | str]  # number in the file from 1 and the row as JSON, or (a str) what is wrong with it
@@ -34,9 +34,9 @@ def data_files(name: str, what: str) -> list[tuple[str, Path]]:
         return [(name, path)]
     found = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?", name)
     if path.exists():
-        raise UserError(f"data.{what}: {name!r} is no file")
+        raise UserError(f"{LABELS[what]}: {name!r} is no file")
     if not found or name.startswith((".", "~")) or (not found[3] and name.removesuffix(".gz").endswith((*SUFFIXES, ".txt"))):
-        raise UserError(f"data.{what}: {name!r} does not exist")
+        raise UserError(f"{LABELS[what]}: {name!r} does not exist")
     return _from_hub(found[1], found[2], found[3], what)
 
 
@@ -56,28 +56,21 @@ def _from_hub(repository: str, revision: str | None, wanted: str | None, what: s
         files = [] if splits else [f for f in files if wanted is None or fnmatch.fnmatch(str(f[0]), wanted)]
     if not files:
         raise UserError(
-            f"data.{what}: dataset {repository} has no {' or '.join(splits) or wanted or 'data'} file ({', '.join(SUFFIXES)})"
+            f"{LABELS[what]}: dataset {repository} has no {' or '.join(splits) or wanted or 'data'} file ({', '.join(SUFFIXES)})"
         )
     kinds = sorted({str(f.parent / "*") + "".join(f.suffixes[-1:]) for f, _ in files})
     if len(kinds) > 1:
         choices = " or ".join(f"{repository}:{kind.removeprefix('./')}" for kind in kinds)
-        raise UserError(f"data.{what}: dataset {repository} holds several sets of files: name one, {choices}")
+        raise UserError(f"{LABELS[what]}: dataset {repository} holds several sets of files: name one, {choices}")
     return [(f"{repository}/{f}", path) for f, path in files]
 
 
 def _fetch(repository: str, revision: str | None, patterns: list[str], what: str) -> list[tuple[Path, Path]]:
     """(name in the repository, local file) of the data files that match, through the hub's cache."""
-    allowed = [p if p.endswith(SUFFIXES) else p + s for p in patterns for s in (*SUFFIXES, *(f"{s}.gz" for s in SUFFIXES))]
-    try:
-        root = Path(
-            huggingface_hub.snapshot_download(
-                repository, repo_type="dataset", revision=revision, allow_patterns=[*allowed, *patterns]
-            )
-        )
-    except Exception as error:  # the client's many exceptions all mean: cannot be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.{what}: {repository!r} is neither a file nor a dataset that the hub gives: {reason}") from error
-    files = sorted(p for p in root.rglob("*") if p.is_file() and str(p).removesuffix(".gz").endswith(SUFFIXES))
+    endings = tuple(suffix + gz for suffix in SUFFIXES for gz in ("", ".gz"))
+    allowed = [p + end for p in patterns for end in ("", *endings) if (p + end).endswith(endings)]
+    root = fetch(repository, revision, allowed, f"{LABELS[what]}: {repository!r} is no file", kind="dataset")
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(endings))
     return [(p.relative_to(root), p) for p in files]
 
 

@@ -121,7 +121,7 @@ class Tracker:
 
 def append(path: Path, rows: list[dict]) -> None:
     """Add JSON lines, on disk when this returns from the file's close."""
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate becomes JSON's escape
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -130,10 +130,10 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: JSON may hold U+2028
         try:
-            if 0 <= json.loads(line)["step"] <= step > 0 and line.endswith("\n"):
-                kept.append(line)
+            if 0 <= json.loads(line)["step"] <= step > 0:
+                kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
     temporary = path.with_name(f".tmp-{path.name}")

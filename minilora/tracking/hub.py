@@ -17,10 +17,10 @@ from minilora import dist
 from minilora.config import Config, UserError
 from minilora.running.settings import leaves
 from minilora.tokenizer import TOKENIZER_FILES
+from minilora.weights import limit_waiting
 
 TRIES = 4  # of each upload; the client repeats some single requests by itself, too
 WAIT = 1.0  # seconds before the second try, doubled for each further one
-TIMEOUT = 60.0  # seconds without a byte in or out after which a request has failed
 TRANSIENT = (408, 409, 412, 425, 429)  # of the 4xx, those that another try may be spared
 FILES = ("adapter_*", "config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 NOT_FILES = ("training_state*", "trainer_state.json", "manifest.json")  # of a checkpoint: what resuming needs
@@ -97,8 +97,9 @@ class HubPush:
         job = Job(directory, self.out / f".tmp-hub-{step}", message)  # a new start removes .tmp-*
         try:  # links, because prune() may remove the checkpoint meanwhile
             shutil.copytree(directory, job.staging, ignore=_unwanted, copy_function=_link)
+            _hide_path(job.staging / "adapter_config.json")
             metrics = self.out / "metrics.jsonl"
-            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+            lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
             card = model_card(self.config, directory, [json.loads(line) for line in lines], step)
             (job.staging / "README.md").write_text(card, encoding="utf-8")
         except Exception as error:  # a full disk, for one
@@ -190,19 +191,6 @@ class HubPush:
         return re.sub(r"\?[^\s'\"]*", "", f"{type(inner).__name__}: {line}".replace(self.token, "***"))
 
 
-def limit_waiting() -> None:
-    """Give every request of the hub's client a time limit: uploads have none, nor has the question what a repository holds."""
-    client = huggingface_hub.get_session()
-    kind, hooks = type(client), client.event_hooks
-
-    def limit(request) -> None:  # not the client's own default: some requests are made with None
-        given = request.extensions.get("timeout") or {}
-        request.extensions["timeout"] = {key: given.get(key) or TIMEOUT for key in ("connect", "read", "write", "pool")}
-
-    hooks = {**hooks, "request": [*hooks["request"], limit]}
-    huggingface_hub.set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
-
-
 def _may_pass(error: BaseException | None) -> bool:
     """Whether another try may help: not if the server has refused."""
     while error is not None:
@@ -221,6 +209,15 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
+
+
+def _hide_path(file: Path) -> None:
+    """Of a base that is a local directory, others need not know more than the name."""
+    raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if raw and not _is_hub_id(raw["base_model_name_or_path"]):
+        file.unlink()  # a link to the checkpoint's own
+        raw["base_model_name_or_path"] = Path(raw["base_model_name_or_path"]).name
+        file.write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
 def _is_hub_id(name: str) -> bool:
