@@ -305,7 +305,7 @@ def test_a_server_that_stays_broken(hub: Hub, config: Config, capfd, monkeypatch
     command = [str(Path(sys.executable).parent / "hf"), *words[1:]]
     upload = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=60)
     assert upload.returncode == 0, upload.stderr
-    assert on_hub(hub) == wanted(final(config))
+    assert on_hub(hub) == {p.name: p.read_bytes() for p in final(config).iterdir() if p.name not in RESUMING}
 
 
 def test_a_later_checkpoint_makes_up_for_a_lost_one(hub: Hub, config: Config, capfd: pytest.CaptureFixture):
