@@ -21,6 +21,7 @@ import tiny_runs
 import train
 from hub_server import Hub, sha256
 from minilora.config import Config, UserError
+from minilora.running.sources import data_files, lines_of
 from minilora.tracking import hub as tracking
 from minilora.weights import resolve
 
@@ -572,3 +573,90 @@ def test_a_hub_that_hangs_is_given_up(hub: Hub, base: dict[str, bytes], monkeypa
     with pytest.raises(UserError, match="tester/base"):
         resolve("tester/base")
     assert time.monotonic() - start < 3.0
+
+
+# --- data sets ---
+
+
+def jsonl(first: int, rows: int) -> bytes:
+    return "".join(
+        json.dumps({"prompt": f"question {i}", "completion": f"answer {i}"}) + "\n" for i in range(first, first + rows)
+    ).encode()
+
+
+@pytest.fixture
+def datasets(hub: Hub) -> Hub:
+    shards = {f"data/train-0000{i}-of-00002.jsonl": jsonl(10 * i, 10) for i in range(2)}
+    hub.add(
+        "datasets/tester/split",
+        {**shards, "data/test-00000-of-00001.jsonl": jsonl(100, 3), "script.py": b"raise SystemExit"},
+        tags=["v1"],
+    )
+    hub.add("datasets/tester/split", {**shards, "data/train-00001-of-00002.jsonl": jsonl(50, 4)}, tags=["v2"])
+    hub.add("datasets/tester/plain", {"rows.jsonl": jsonl(0, 5), "README.md": b"rows"})
+    hub.add(
+        "datasets/tester/subsets", {"en/train.jsonl": jsonl(0, 5), "ko/train.jsonl": jsonl(9, 2), "ko/dev.jsonl": jsonl(7, 1)}
+    )
+    hub.add("datasets/tester/closed", {"train.jsonl": jsonl(0, 5)}, private=True)
+    return hub
+
+
+@pytest.mark.parametrize(
+    "name, what, numbers",
+    [
+        ("tester/split", "train_file", [*range(10), *range(50, 54)]),
+        ("tester/split@v1", "train_file", [*range(20)]),
+        ("tester/split@v1", "eval_file", [100, 101, 102]),
+        ("tester/split@v1:test", "train_file", [100, 101, 102]),
+        ("tester/split@v1:data/train-00001*", "train_file", [*range(10, 20)]),
+        ("tester/plain", "train_file", [*range(5)]),
+        ("tester/subsets:ko/train*", "train_file", [9, 10]),
+        ("tester/subsets", "eval_file", [7]),
+        ("tester/closed", "train_file", [*range(5)]),
+    ],
+)
+def test_a_data_set_by_id(datasets: Hub, name: str, what: str, numbers: list[int]):
+    lines = [json.loads(raw) for shown, path in data_files(name, what) for _, raw in lines_of(shown, path)]
+    assert [row["prompt"] for row in lines] == [f"question {i}" for i in numbers]
+    assert not any("script" in path for kind, path in datasets.requests if kind == "resolve"), "no code is fetched"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tester/absent", "404"), ("tester/split@v9", "404"), ("tester/plain:validation", "no validation file"),
+        ("tester/subsets", r"tester/subsets:en/\*\.jsonl or tester/subsets:ko"), ("tester/plain:*.csv", r"no \*\.csv file"),
+    ],
+)  # fmt: skip
+def test_a_data_set_that_is_not_to_be_had(datasets: Hub, name: str, message: str):
+    with pytest.raises(UserError, match=rf"data\.train_file: .*{message}"):
+        data_files(name, "train_file")
+
+
+@pytest.mark.parametrize("fault", [500, "hang", "reset", "cut"])
+def test_a_data_set_behind_a_broken_server(datasets: Hub, monkeypatch: pytest.MonkeyPatch, fault: int | str):
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_ETAG_TIMEOUT"):
+        monkeypatch.setattr(huggingface_hub.constants, name, 0.3)
+    datasets.hang_seconds = 0.6
+    datasets.fail("*", fault, times=10_000)
+    with pytest.raises(UserError, match=r"data\.train_file: 'tester/plain' is no file, and tester/plain could not be fetched"):
+        data_files("tester/plain", "train_file")
+    datasets.heal()
+    ((_, path),) = data_files("tester/plain", "train_file")
+    assert path.read_bytes() == jsonl(0, 5)
+
+
+def test_everything_by_id(datasets: Hub, base: dict[str, bytes], run: Config, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Base, adapter to start from and rows, each at a revision, in one run."""
+    datasets.add("tester/adapter", wanted(final(run)), tags=["best"])
+    c = tiny_runs.config(tmp_path, Path("unused"), train__max_steps=2, lora__init_from="tester/adapter@best", eval__eval_steps=2)
+    c.model.name, c.data.format = "tester/base@v1", "prompt"
+    c.data.train_file, c.data.eval_file = ("tester/split@v1", "tester/plain"), "tester/split@v1:test"
+    c.data.train_weights = (0.5, 2.0)
+    assert train.main(c) == 0
+    text = capsys.readouterr().err
+    assert "tester/split@v1, tester/plain: 25 lines read, 25 kept" in text and "20 documents, 2 steps" in text
+    written = json.loads((final(c) / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("tester/base", "v1")
+    model, _ = minilora.load(str(final(c)))
+    assert model.config.hidden_size == json.loads(base["config.json"])["hidden_size"]
