@@ -7,13 +7,14 @@ command; under torchrun each process answers its share. --metrics and --judge th
 
 import dataclasses
 import datetime
+import functools
 import io
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -297,12 +298,20 @@ def chat(args: Args) -> int:
         turns.append({"role": "assistant", "content": shown})
 
 
+def without(tokens: Iterable[str], text: str) -> str:
+    return functools.reduce(lambda text, token: text.replace(token, ""), tokens, text)
+
+
 def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict | None) -> None:
     """Metrics and verdicts of the answers: printed, and written beside them."""
     out = Path(args.output or "")
     data = loaded[2] if loaded else trained_format(args.model, args.adapter, args.revision, args.raw)
     if args.metrics:
-        texts, references = [row["generated"] for row in answers], [reference(row, data) for row in answers]
+        places = [resolve(args.adapter)] if args.adapter else []
+        places = [p for p in (*places, resolve(args.model, args.revision)) if list(p.glob("tokenizer.[jm]*"))]
+        tokenizer = loaded[1] if loaded else Tokenizer(places[0]) if places else None
+        specials = tokenizer.specials if tokenizer else ()  # which answers are shown without
+        texts, references = [row["generated"] for row in answers], [without(specials, reference(row, data)) for row in answers]
         figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
         if {"loss", "ppl"} & set(args.metrics):
             model, tokenizer, data = loaded or load(args)

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import mistral_common
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 _HOME = tempfile.TemporaryDirectory(prefix="minilora-tokenizers-")
 
@@ -33,6 +33,84 @@ QWEN_TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
+"""
+
+# The families below carry {% generation %} around what the model writes, which transformers needs for its own masks.
+
+# Mistral v3 and tekken, as their repositories render: the system prompt goes into the last question, answers are trimmed.
+# `inst` and `answer` are the spaces that only the sentencepiece family writes.
+_MISTRAL_LATER = """\
+{%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
+{%- set turns = messages[1:] if system else messages %}
+{{- bos_token }}
+{%- for turn in turns %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and assistant must take turns') }}{% endif %}
+    {%- if turn.role == 'user' %}
+        {%- set last = turns[loop.index0 + 2:] | length == 0 %}
+        {{- '[INST]SPACE' + (system if last else '') + turn.content + '[/INST]' }}
+    {%- else %}
+        {%- generation %}{{ 'SPACE' + turn.content | trim + eos_token }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+MISTRAL_V3_TEMPLATE, TEKKEN_TEMPLATE = _MISTRAL_LATER.replace("SPACE", " "), _MISTRAL_LATER.replace("SPACE", "")
+
+# Qwen 3: reasoning of answers before the last question is left out, and the last answer always has a block for it.
+QWEN3_TEMPLATE = """\
+{%- set seen = namespace(question=messages | length) %}
+{%- for turn in messages[::-1] %}
+    {%- if seen.question == messages | length and turn.role == 'user' %}
+        {%- set seen.question = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for turn in messages %}
+    {{- '<|im_start|>' + turn.role + '\\n' }}
+    {%- if turn.role == 'assistant' %}
+        {%- set thought, said = '', turn.content %}
+        {%- if turn.reasoning_content is string %}
+            {%- set thought = turn.reasoning_content %}
+        {%- elif '</think>' in said %}
+            {%- set thought = said.split('</think>')[0].split('<think>')[-1] %}
+            {%- set said = said.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- generation %}
+            {%- if loop.index0 > seen.question and (loop.last or thought) %}
+                {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + said.lstrip('\\n') }}
+            {%- else %}
+                {{- said }}
+            {%- endif %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- turn.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+"""
+
+# Llama 3.1: there always is a system turn, with today's date before the conversation's own.
+LLAMA31_TEMPLATE = """\
+{%- if date_string is not defined %}
+    {%- set date_string = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
+{%- endif %}
+{%- set own = messages[0].content | trim if messages and messages[0].role == 'system' else '' %}
+{{- bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n' }}
+{{- 'Today Date: ' + date_string + '\\n\\n' + own + '<|eot_id|>' }}
+{%- for turn in messages %}
+    {%- if not loop.first or turn.role != 'system' %}
+        {{- '<|start_header_id|>' + turn.role + '<|end_header_id|>\\n\\n' }}
+        {%- if turn.role == 'assistant' %}
+            {%- generation %}{{ turn.content | trim + '<|eot_id|>' }}{% endgeneration %}
+        {%- else %}
+            {{- turn.content | trim + '<|eot_id|>' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
 """
 
 # How GPT-4, Llama 3 and Qwen cut text before BPE; they differ in how many digits stay together.
@@ -153,6 +231,50 @@ def metaspace() -> Path:
 
 
 BUILDERS = {"mistral": mistral, "llama2": llama2, "metaspace": metaspace, "llama3": llama3, "qwen": qwen}
+
+
+@functools.cache
+def mistral_v3() -> Path:
+    """Mistral-7B-Instruct-v0.3's tokenizer.model, in which [INST] and [/INST] are control pieces."""
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": MISTRAL_V3_TEMPLATE}
+    directory = _directory("mistral_v3", config)
+    source = Path(mistral_common.__path__[0]) / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    shutil.copyfile(source, directory / "tokenizer.model")
+    return directory
+
+
+@functools.cache
+def tekken() -> Path:
+    """Mistral-Nemo's tekken vocabulary as tokenizer.json; a few seconds."""
+    from transformers.integrations.mistral.tokenizer import MistralConverter
+
+    tokenizer = MistralConverter(str(Path(mistral_common.__path__[0]) / "data" / "tekken_240911.json")).converted()
+    bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _directory("tekken", {**config, "pad_token": "<pad>", "chat_template": TEKKEN_TEMPLATE}, tokenizer)
+
+
+@functools.cache
+def qwen3() -> Path:
+    """The tokenizer of `qwen` with reasoning tokens, which as in Qwen 3 are not special, and its template."""
+    tokenizer = Tokenizer.from_file(str(qwen() / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    config = json.loads((qwen() / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return _directory("qwen3", {**config, "chat_template": QWEN3_TEMPLATE}, tokenizer)
+
+
+@functools.cache
+def llama31() -> Path:
+    """The tokenizer of `llama3` with the template of Llama 3.1."""
+    config = json.loads((llama3() / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return _directory(
+        "llama31", {**config, "chat_template": LLAMA31_TEMPLATE}, Tokenizer.from_file(str(llama3() / "tokenizer.json"))
+    )
+
+
+MORE = {"mistral_v3": mistral_v3, "tekken": tekken, "qwen3": qwen3, "llama31": llama31}  # for the tests of chat forms and masks
 
 
 def copy(source: Path, target: Path, **config: object) -> Path:
