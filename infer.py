@@ -227,7 +227,7 @@ def answer_rows(
             prompts.append(tokenizer.encode(ask(row, data, tokenizer)).ids)
             if not prompts[-1]:
                 raise RowError("malformed", "the prompt is empty: there is nothing to continue")
-        except RowError as error:
+        except (RowError, UserError) as error:  # the latter: the chat template refuses it
             raise UserError(f"{args.input}:{number}: {error}") from error
     longest, context = max(map(len, prompts)), model.config.rope.get("max_position_embeddings") or float("inf")
     if longest > context:

@@ -25,12 +25,11 @@ from minilora.build import DTYPES, build_model, compute_dtype, quantized_layers,
 from minilora.checkpoint import STATE, base_of, read_adapter, trained_over
 from minilora.config import LoraConfig, ModelConfig, UserError
 from minilora.dist import WHOLE
-from minilora.lora import PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of
+from minilora.lora import EMBEDDING, PEFT_PREFIX, load_adapter_state, merged_weight, scaling_of, without_copy
 from minilora.model import CausalLM, DecoderConfig
 from minilora.running.directory import save_config, write_atomically
-from minilora.running.saving import write_safetensors
+from minilora.running.saving import TOKENIZER_FILES, write_safetensors
 from minilora.running.settings import run_main
-from minilora.tokenizer import TOKENIZER_FILES
 from minilora.weights import (
     open_safetensors,
     read_json,
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VERIFY_TOKENS = 64
-EMBEDDING = "model.embed_tokens.weight"
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype, shape
 
 
@@ -127,6 +125,8 @@ def merge(trained: Trained, checkpoint: Path, dtype: str, from_quantised: bool, 
         raise UserError(f"{base} has no {lost[0]}.weight, which the adapter changes: not this adapter's base")
     quantized = trained.quantized() if from_quantised else {}
     tied = bool(read_json(base / "config.json").get("tie_word_embeddings"))
+    if tied:
+        without_copy(adapter, str(checkpoint))
 
     def tensor_of(name: str) -> Tensor:
         path = name.removesuffix(".weight")
@@ -158,7 +158,7 @@ def merge(trained: Trained, checkpoint: Path, dtype: str, from_quantised: bool, 
 
 def replaced(name: str, adapter: dict[str, Tensor], tied: bool) -> Tensor | None:
     """The embedding or head that an adapter brings whole (lora.train_embeddings)."""
-    return adapter.get(PEFT_PREFIX + (EMBEDDING if tied and name == "lm_head.weight" else name))
+    return adapter.get(EMBEDDING if tied and name == "lm_head.weight" else PEFT_PREFIX + name)
 
 
 def layout_of(
@@ -191,7 +191,8 @@ def copy_beside(base: Path, checkpoint: Path, target: Path, layouts: dict[Path, 
         (target / index.name).write_text(json.dumps(read, indent=2), encoding="utf-8")
     dtypes = {d for layout in layouts.values() for d, _ in layout.values()}
     raw = {key: value for key, value in read_json(base / "config.json").items() if key != "quantization_config"}
-    raw["vocab_size"] = next(layout[EMBEDDING][1][0] for layout in layouts.values() if EMBEDDING in layout)
+    embedding = EMBEDDING.removeprefix(PEFT_PREFIX)
+    raw["vocab_size"] = next(layout[embedding][1][0] for layout in layouts.values() if embedding in layout)
     save_config(target, raw, next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
     for name in TOKENIZER_FILES:
         source = checkpoint / name if (checkpoint / name).is_file() else base / name
@@ -225,7 +226,7 @@ def live_logits(trained: Trained) -> Tensor:
     quantised = trained.bits < 16
     dtype = str(trained.dtype).removeprefix("torch.") if quantised else "float32"
     cpu, double_quant = torch.device("cpu"), trained.double_quant
-    tokens = len(trained.adapter.get(PEFT_PREFIX + EMBEDDING, ()))
+    tokens = len(trained.adapter.get(EMBEDDING, ()))
     model = build_model(
         trained.base, cpu, dtype, trained.lora, bits=trained.bits, double_quant=double_quant, vocab_size=tokens
     ).model

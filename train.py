@@ -70,8 +70,7 @@ def main(config: Config) -> int:
     tracker = Tracker(config, out, state.step, total_steps, [documents for documents, _ in eval_sets.values()], tokenizer, hub)
     if config.eval.eval_on_start and state.step == 0:
         evaluate(config, built, tokenizer, eval_sets, tracker, {"step": 0, "epoch": 0.0})
-    window = Window(device)
-    order = np.empty(0, dtype=np.int64)
+    window, order = Window(device), np.empty(0, dtype=np.int64)
 
     with StopSignal() as stop:
         while state.step < total_steps and not state.out_of_patience(train) and not stop.agreed:

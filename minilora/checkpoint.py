@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minilora.config import LoraConfig, ModelConfig, UserError
-from minilora.lora import from_peft_config
+from minilora.lora import EMBEDDING, HEAD, from_peft_config
 from minilora.weights import open_safetensors, read_json
 
 STATE = "trainer_state.json"
@@ -20,7 +20,10 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict]:
     if not path.is_file():
         raise UserError(f"{path} does not exist (adapters saved as .bin are pickles, which are never loaded)")
     with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        copies = (".original_module.", ".modules_to_save.")  # PEFT's, of matrices that stand there by their own names too
+        tensors = {name: file.get_tensor(name) for name in file.keys() if not any(part in name for part in copies)}
+    if len(whole := tensors.keys() & {EMBEDDING, HEAD}) == 1 and not raw.get("ensure_weight_tying"):
+        raise UserError(f"{path}: has {whole.pop()} alone: supported are embed_tokens.weight and lm_head.weight together")
     for name in tensors:
         if ".lora_A." in name and name.replace(".lora_A.", ".lora_B.") not in tensors:
             raise UserError(f"{path}: {name} has no lora_B beside it")

@@ -27,6 +27,7 @@ UNSUPPORTED = (
 
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # what lora.train_embeddings trains whole; a tied model has the first alone
+EMBEDDING, HEAD = f"{PEFT_PREFIX}model.embed_tokens.weight", f"{PEFT_PREFIX}lm_head.weight"
 
 
 class LoRALinear(nn.Module):
@@ -116,11 +117,19 @@ def adapter_state(model: nn.Module, place: Whole = WHOLE) -> dict[str, Tensor]:
     return {name: place.gather(place.local(p.detach()), p) for name, p in saved_names(model).items()}
 
 
+def without_copy(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A tied model's adapter without the second copy of its matrix. Raises UserError if the two have parted."""
+    if HEAD in tensors and not (EMBEDDING in tensors and torch.equal(tensors[HEAD], tensors[EMBEDDING])):
+        raise UserError(f"{where}: lm_head is not embed_tokens, which the base ties: train it with PEFT's ensure_weight_tying")
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
 def load_adapter_state(model: nn.Module, tensors: dict[str, Tensor], where: str, place: Whole = WHOLE) -> None:
     """Fill the adapters from tensors under PEFT's names; every name must match, in both directions. Raises UserError."""
     own = {name: p.detach() for name, p in saved_names(model).items()}
-    tied = {f"{PEFT_PREFIX}lm_head.weight"} if f"{PEFT_PREFIX}lm_head.weight" not in own and len(own) % 2 else set()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys() - tied)  # PEFT saves it twice
+    if EMBEDDING in own and HEAD not in own:
+        tensors = without_copy(tensors, where)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         kind, name = ("lacks", missing[0]) if missing else ("has the unknown", extra[0])
         raise UserError(f"{where}: {kind} {name} ({len(missing)} missing, {len(extra)} unexpected): not this model's adapter")

@@ -81,13 +81,8 @@ class DecoderConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [key for key in sizes if not isinstance(raw.get(key), int)]:
             raise UserError(f"{where}: {missing[0]} is missing or not a number")
-        fixed = {
-            "hidden_act": ("silu", "swish"),
-            "attention_dropout": (0.0, None),
-            "pretraining_tp": (1, None),
-            "auto_map": (None,),
-        }
-        for key, allowed in fixed.items():  # auto_map: remote code is never run
+        fixed = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None), "pretraining_tp": (1, None)}
+        for key, allowed in [*fixed.items(), ("auto_map", (None,))]:  # which asks for remote code: never run
             if get(key, allowed[0]) not in allowed:
                 raise UserError(f"{where}: {key} = {raw[key]!r} is not supported, only {allowed[0]!r}")
         if (method := (get("quantization_config") or {}).get("quant_method")) not in (None, "bitsandbytes"):

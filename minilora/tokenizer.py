@@ -21,11 +21,6 @@ import tokenizers
 
 from minilora.config import UserError
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-
 # The form Mistral-7B-Instruct was tuned with and OLLM trains on (arXiv 2410.23584): no space after [/INST].
 MISTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -137,25 +137,21 @@ def assign(model: nn.Module, path: str, rows: Tensor, place: Whole) -> None:
     place.put(model.get_submodule(parent), name, rows)
 
 
-def read_rows(file: Path, name: str, rows: slice, grown: bool) -> Tensor:
-    """Rows of a matrix; where the model has `grown` beyond it, new ones are the mean of its rows."""
-    if not grown:
-        return read_tensor(file, name, rows)
-    whole = read_tensor(file, name)
-    there = whole[rows]
-    new = rows.stop - rows.start - len(there)
-    return torch.cat([there, whole.float().mean(0, keepdim=True).to(whole.dtype).expand(new, -1)])
+def read_grown(file: Path, name: str, rows: slice, total: int) -> Tensor:
+    """Rows of a matrix that has grown to `total` rows: new ones are the mean of those in the file."""
+    whole, (start, stop, _) = read_tensor(file, name), rows.indices(total)
+    there = whole[start:stop]
+    new = whole.float().mean(0, keepdim=True).to(whole.dtype).expand(stop - start - len(there), -1)
+    return torch.cat([there, new])
 
 
 def load_weights(
     model: nn.Module, directory: Path, device: torch.device, dtype: torch.dtype,
     quantized: "Mapping[str, QuantizedLinear]" = MappingProxyType({}), place: Whole = WHOLE, new_tokens: int = 0,
 ) -> None:  # fmt: skip
-    """Fill a model built on the meta device, in its dtypes, from a checkpoint, tensor by tensor; each process reads the rows it
-    holds.
+    """Fill a model built on the meta device, in its dtypes, from a checkpoint, tensor by tensor; each process reads its rows.
 
-    quantized: the layers (path in the checkpoint -> layer) that fill themselves, from `dtype`, each at once as its tensors are
-    read.
+    quantized: the layers (path in the checkpoint -> layer) that fill themselves, from `dtype`, as their tensors are read;
     new_tokens: rows that embedding and head have in addition. Every parameter must be there with its shape, and every tensor
     must be wanted. Raises UserError otherwise.
     """
@@ -183,9 +179,10 @@ def load_weights(
                     raise UserError(f"{file}: {name} holds {entry.get_dtype()}: neither 16-bit weights nor bitsandbytes' form")
     for name, (path, _) in wanted.items():
         p = model.get_parameter(path)
-        wanted_rows = slice(*place.rows(p).indices(p.shape[0]))
-        grown = new_tokens > 0 and name.endswith(ROWS_PER_TOKEN)
-        rows = read_rows(files[name], name, wanted_rows if grown else place.rows(p), grown)
+        if new_tokens and name.endswith(ROWS_PER_TOKEN):
+            rows = read_grown(files[name], name, place.rows(p), p.shape[0])
+        else:
+            rows = read_tensor(files[name], name, place.rows(p))
         assign(model, path, rows.to(device, p.dtype, copy=True), place)
     for path, layer in quantized.items():
         layer.fill(partial(read_named, files, path), device, dtype, place)

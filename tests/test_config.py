@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from minilora import config as config_module
 from minilora.config import Config, UserError
 from minilora.running import settings
+from minilora.running.directory import changed_fields
 from minilora.running.settings import leaves, load_config, run_main
 
 FIELDS = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)}
@@ -59,6 +61,19 @@ def parsed(tmp_path, monkeypatch):
         ("--train.max_steps None", "train.max_steps", None),
         ("--data.eval_file None", "data.eval_file", None),
         ("--data.eval_file e.jsonl", "data.eval_file", "e.jsonl"),
+        ("--data.train_file A", "data.train_file", "A"),
+        ("--data.train_file A B --seed 1", "data.train_file", ("A", "B")),
+        ("--data.train_weights 2", "data.train_weights", (2.0,)),
+        ("--data.eval_first", "data.eval_first", True),
+        ("--lora.train_embeddings --seed 3", "lora.train_embeddings", True),
+        ("--train.ema_decay 0.999", "train.ema_decay", 0.999),
+        ("--train.ema_decay 0", "train.ema_decay", 0.0),
+        ("--train.save_steps epoch", "train.save_steps", "epoch"),
+        ("--train.save_steps 7", "train.save_steps", 7),
+        ("--eval.eval_steps epoch", "eval.eval_steps", "epoch"),
+        ("--eval.eval-on-start", "eval.eval_on_start", True),
+        ("--hub.repo_id me/it", "hub.repo_id", "me/it"),
+        ("--hub.private False", "hub.private", False),
         ("--method full", "method", "full"),
         ("--preview 3", "preview", 3),
     ],
@@ -114,7 +129,9 @@ def test_an_unknown_flag_exits_with_2_and_names_the_nearest(flags, nearest, pars
     "flags",
     [
         "--train.learning_rate fast", "--train.batch_size 1.5", "--train.max_steps soon", "--data.chat maybe", "--model.bits 5",
-        "--method lore", "--data.too_long cut", "--seed", "--train.epochs", "another_config.py",
+        "--train.save_steps epochs", "--eval.eval_steps None", "--eval.eval_steps 1.5", "--train.ema_decay much",
+        "--hub.push perhaps", "--data.train_weights twice", "--method lore",
+        "--data.too_long cut", "--seed", "--train.epochs", "another_config.py",
     ],
 )  # fmt: skip
 def test_a_wrong_value_exits_with_2_and_names_its_flag(flags, parsed, capsys):
@@ -155,6 +172,17 @@ def test_a_wrong_value_exits_with_2_and_names_its_flag(flags, parsed, capsys):
         ("config = Config(model=ModelConfig(bits=5))\n", r"a_config\.py: model\.bits = 5"),
         ("config = Config(lora=LoraConfig(target_modules='q_proj'))\n", r"a_config\.py: lora\.target_modules = 'q_proj'"),
         ("config = Config(lora=LoraConfig(target_modules=('q_proj', 5)))\n", r"a_config\.py: lora\.target_modules = .*5"),
+        ("config = Config(data=DataConfig(train_file=('a', 5)))\n", r"a_config\.py: data\.train_file = .*5"),
+        ("config = Config(data=DataConfig(train_weights=2.0))\n", r"a_config\.py: data\.train_weights = 2\.0"),
+        ("config = Config(data=DataConfig(train_weights=('2',)))\n", r"a_config\.py: data\.train_weights = .*'2'"),
+        ("config = Config(data=DataConfig(eval_first=1))\n", r"a_config\.py: data\.eval_first = 1"),
+        ("config = Config(data=DataConfig(add_tokens='<x>'))\n", r"a_config\.py: data\.add_tokens = '<x>'"),
+        ("config = Config(lora=LoraConfig(train_embeddings='yes'))\n", r"a_config\.py: lora\.train_embeddings = 'yes'"),
+        ("config = Config(train=TrainConfig(ema_decay=True))\n", r"a_config\.py: train\.ema_decay = True"),
+        ("config = Config(train=TrainConfig(save_steps='epochs'))\n", r"a_config\.py: train\.save_steps = 'epochs'"),
+        ("config = Config(train=TrainConfig(save_steps=True))\n", r"a_config\.py: train\.save_steps = True"),
+        ("config = Config(eval=EvalConfig(eval_steps=None))\n", r"a_config\.py: eval\.eval_steps = None"),
+        ("config = Config(hub=HubConfig(repo_id=3))\n", r"a_config\.py: hub\.repo_id = 3"),
         ("config = Config(train=DataConfig())\n", r"a_config\.py: train = "),
         ("config = Config(train={'epochs': 1})\n", r"a_config\.py: train = "),
         ("config = Config(train=TrainConfig)\n", r"a_config\.py: train = "),
@@ -237,6 +265,21 @@ def test_the_configs_that_come_with_the_project_load(file):
         ("--eval.max_new_tokens 0", "max_new_tokens"),
         ("--preview -1", "preview"),
         ("--data.train_file=", "data.train_file"),
+        ("--data.train_file A A", "data.train_file data.train_weights"),
+        ("--data.train_weights 1 2", "data.train_weights"),
+        ("--data.train_file A B --data.train_weights 1", "data.train_weights"),
+        ("--data.train_weights 0", "data.train_weights"),
+        ("--data.train_weights -1", "data.train_weights"),
+        ("--data.train_weights nan", "data.train_weights"),
+        ("--data.train_weights inf", "data.train_weights"),
+        ("--data.add_tokens <a>", "data.add_tokens lora.train_embeddings method"),
+        ("--method full --data.add_tokens <a> <a>", "data.add_tokens"),
+        ("--method full --data.add_tokens=", "data.add_tokens"),
+        ("--train.ema_decay 1", "train.ema_decay"),
+        ("--train.ema_decay -0.1", "train.ema_decay"),
+        ("--train.ema_decay nan", "train.ema_decay"),
+        ("--hub.push", "hub.push hub.repo_id"),
+        ("--hub.push --hub.repo_id=", "hub.push hub.repo_id"),
     ],
 )
 def test_values_out_of_range_and_contradictions_are_named(flags, fields, parsed):
@@ -251,11 +294,30 @@ def test_values_out_of_range_and_contradictions_are_named(flags, fields, parsed)
         "--method full", "--method full --model.init random", "--train.warmup_steps 0", "--train.warmup_ratio 0",
         "--train.max_grad_norm 0", "--train.min_lr_ratio 0.1 --train.lr_scheduler linear", "--train.save_steps 1",
         "--train.epochs 0.01", "--train.max_steps 1", "--data.format text", "--data.format text --data.response_marker A:",
+        "--data.train_file A B", "--data.train_file A B --data.train_weights 2 0.5", "--data.train_weights 0.1",
+        "--method full --data.add_tokens <a> <b>", "--data.add_tokens <a> --lora.train_embeddings", "--train.ema_decay 0",
+        "--train.ema_decay 0.9999", "--hub.push --hub.repo_id me/it", "--hub.repo_id me/it",
         "--data.max_seq_length 2", "--eval.temperature 0", "--eval.top_p 1", "--eval.num_generate_samples 0",
     ],
 )  # fmt: skip
 def test_values_at_the_edge_are_accepted(flags, parsed):
     assert isinstance(parsed(*flags.split()), Config)
+
+
+def test_a_saved_config_compares_equal(tmp_path, parsed):
+    """What a checkpoint keeps of it, read back: nothing has changed."""
+    values = "--data.train_file A B --data.train_weights 2 0.5 --data.eval_first --data.add_tokens <a> --lora.train_embeddings"
+    config = parsed(*values.split(), *"--train.ema_decay 0.9 --train.save_steps epoch --eval.eval_steps epoch".split())
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert changed_fields(config, saved) == []
+    for field, value in (("train_weights", (2.0, 1.0)), ("add_tokens", ("<b>",)), ("train_file", ("A", "C"))):
+        other = dataclasses.replace(config, data=dataclasses.replace(config.data, **{field: value}))
+        (change,) = changed_fields(other, saved)
+        assert change.startswith(f"data.{field}: [") and str(value[-1]) in change
+    for flags in ("--train.ema_decay 0.8", "--train.ema_decay None", "--lora.train_embeddings False --data.add_tokens"):
+        assert changed_fields(parsed(*values.split(), *flags.split()), saved)
+    free = "--train.save_steps 5 --eval.eval_steps 6 --eval.eval_on_start --hub.push --hub.repo_id me/it --data.eval_first False"
+    assert changed_fields(parsed(*values.split(), "--train.ema_decay", "0.9", *free.split()), saved) == []
 
 
 # ---- help

@@ -24,8 +24,9 @@ import minilora
 import train
 from minilora.config import Config, RunError, UserError
 from minilora.quant import QuantizedLinear, bitsandbytes_adamw
+from minilora.running.saving import TOKENIZER_FILES
 from minilora.running.training_state import TENSORS, load_training_tensors, training_tensors
-from minilora.tokenizer import TOKENIZER_FILES, Tokenizer
+from minilora.tokenizer import Tokenizer
 from test_runs import ROOT, Crash, config_file, contents, crash_after, start, wait_for_step, weights
 from tiny_runs import base_model, config, losses, metrics, poison_loss
 

@@ -44,7 +44,7 @@ _MISTRAL_LATER = """\
 {%- set turns = messages[1:] if system else messages %}
 {{- bos_token }}
 {%- for turn in turns %}
-    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and assistant must take turns') }}{% endif %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}
     {%- if turn.role == 'user' %}
         {%- set last = turns[loop.index0 + 2:] | length == 0 %}
         {{- '[INST]SPACE' + (system if last else '') + turn.content + '[/INST]' }}
@@ -274,7 +274,23 @@ def llama31() -> Path:
     )
 
 
-MORE = {"mistral_v3": mistral_v3, "tekken": tekken, "qwen3": qwen3, "llama31": llama31}  # for the tests of chat forms and masks
+@functools.cache
+def merging() -> Path:
+    """Byte-level BPE that does not cut text into words first, so that ": a" and "\\n\\n" are tokens; padded with EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = ["A: a", "Q: q", ": a", "\n\n", ".\n\n", ": 과학"] * 20
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>"}
+    return _directory("merging", {**config, "pad_token": "<|im_end|>", "chat_template": QWEN_TEMPLATE}, tokenizer)
+
+
+# for the tests of chat forms and masks
+MORE = {"mistral_v3": mistral_v3, "tekken": tekken, "qwen3": qwen3, "llama31": llama31, "merging": merging}
 
 
 def copy(source: Path, target: Path, **config: object) -> Path:

@@ -11,15 +11,34 @@ from minilora.evaluation import metrics
 from minilora.running.cache import load_documents
 from minilora.running.special_tokens import warn_of_unlearnt, with_added_tokens
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
-from minilora.weights import read_json
+from minilora.weights import read_json, resolve
 
 EvalSets = dict[str, tuple[Documents, np.ndarray]]  # name -> documents, which of them
 
 
 def make_tokenizer(config: Config, base: Path) -> Tokenizer:
-    """The base's tokenizer with the run's chat template and added tokens. Raises UserError."""
+    """The base's tokenizer with the run's chat template and added tokens. Raises UserError, also where the adapter to start from
+    has other tokens."""
     directory = with_added_tokens(base, config.data.add_tokens) if config.data.add_tokens else base
-    return Tokenizer(directory, chat_template(config.data.chat_template))
+    tokenizer = Tokenizer(directory, chat_template(config.data.chat_template))
+    start = config.lora.init_from
+    if start and trains_embeddings(config):
+        adapter = resolve(start)
+        theirs = Tokenizer(adapter).specials if list(adapter.glob("tokenizer.[jm]*")) else {}
+        if other := [token for token, i in theirs.items() if tokenizer.specials.get(token) != i]:
+            raise UserError(
+                f"lora.init_from: {start} has learnt {', '.join(other)}: name the same in data.add_tokens, in its order"
+            )
+    elif config.data.add_tokens and not trains_embeddings(config):
+        raise UserError("data.add_tokens: the adapter at lora.init_from trains no embeddings, so new tokens would not be learnt")
+    return tokenizer
+
+
+def trains_embeddings(config: Config) -> bool:
+    """Whether embedding and head are trained; an adapter to start from decides by itself."""
+    if config.method == "full" or not config.lora.init_from:
+        return config.method == "full" or config.lora.train_embeddings
+    return bool(read_json(resolve(config.lora.init_from) / "adapter_config.json").get("modules_to_save"))
 
 
 def chat_template(name: str | None) -> str | None:
@@ -49,7 +68,7 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documen
     if largest >= rows:  # a model is never resized silently
         token = tokenizer.decode([largest], skip_special_tokens=False)
         raise UserError(f"the tokenizer gives {token!r} the id {largest}, but {base}/config.json has a vocab_size of {rows}")
-    if config.method == "lora" and not config.lora.train_embeddings:
+    if not trains_embeddings(config):
         warn_of_unlearnt(documents, tokenizer, base)
     return documents, training_rows(documents, data, config.seed), eval_sets
 

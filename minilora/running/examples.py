@@ -175,7 +175,7 @@ def _messages(row: dict, tokenizer: Tokenizer) -> list[Example]:
     try:
         return [_conversation(turns, supervised, tokenizer)]
     except RewrittenError:
-        return [_conversation(turns[: i + 1], [i], tokenizer) for i in supervised if turns[i]["content"].strip()]
+        return [_conversation(turns[: i + 1], [i], tokenizer) for i in supervised]
 
 
 def _conversation(turns: list[dict], supervised: list[int], tokenizer: Tokenizer) -> Example:

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from minilora import dist
-from minilora.config import Config, LoraConfig
+from minilora.config import Config, LoraConfig, RunError
 from minilora.dist import WHOLE, Whole
-from minilora.lora import to_peft_config
-from minilora.tokenizer import TOKENIZER_FILES, Tokenizer, read_object
+from minilora.lora import EMBEDDING, HEAD, to_peft_config
+from minilora.tokenizer import Tokenizer, read_object
 from minilora.weights import DTYPE_CODES, base_parameters, checkpoint_name
 
 SHARD_BYTES = 5_000_000_000  # of a model.safetensors shard
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def write_safetensors(
@@ -86,8 +90,6 @@ def save_weights(model: nn.Module, directory: Path, dtype: torch.dtype, place: W
 
 def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, config: Config) -> None:
     """adapter_model.safetensors and adapter_config.json as PEFT reads them; state: see `adapter_state`."""
-    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-    safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
     name, revision = config.model.name, config.model.revision
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())  # found again from any working directory
@@ -96,10 +98,16 @@ def save_adapter(directory: Path, state: dict[str, Tensor], lora: LoraConfig, co
         revision = revision or at
     peft = to_peft_config(lora, name, revision, state)
     (directory / "adapter_config.json").write_text(json.dumps(peft, indent=2), encoding="utf-8")
+    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    if EMBEDDING in state and HEAD not in state:  # a tied model's one matrix: PEFT wants it under both names
+        state[HEAD] = state[EMBEDDING].clone()
+    safetensors.torch.save_file(state, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Copy the tokenizer files, and write out the template in use, so that servers render the same prompts."""
+    """Copy the tokenizer files, and write out the template in use, so that servers render the same prompts. Raises RunError."""
+    if not list(tokenizer.directory.glob("tokenizer.[jm]*")):
+        raise RunError(f"{tokenizer.directory} is gone: the same command makes it anew, and continues")
     for name in TOKENIZER_FILES:
         if (tokenizer.directory / name).is_file():
             shutil.copyfile(tokenizer.directory / name, directory / name)

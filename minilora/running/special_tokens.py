@@ -13,7 +13,8 @@ from minilora import dist
 from minilora.config import UserError
 from minilora.data import Documents
 from minilora.running.cache import cache_directory
-from minilora.tokenizer import TOKENIZER_FILES, Tokenizer
+from minilora.running.saving import TOKENIZER_FILES
+from minilora.tokenizer import Tokenizer
 from minilora.weights import read_tensor, weight_map
 
 SAMPLED_ROWS = 1000  # of the embedding, to know how long a learnt row is
@@ -62,19 +63,18 @@ def warn_of_unlearnt(documents: Documents, tokenizer: Tokenizer, base: Path) -> 
     if dist.rank() > 0:
         return
     specials = {i: token for token, i in tokenizer.specials.items()}
-    used = [int(i) for i in np.unique(documents.tokens) if int(i) in specials]
+    used = {int(i) for i in np.unique(documents.tokens)}
+    asked_for = {int(i) for i in np.unique(documents.tokens[documents.supervised])}  # of others the head needs to know nothing
     files = weight_map(base)
     unlearnt: set[int] = set()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name, ids in (("model.embed_tokens.weight", used), ("lm_head.weight", asked_for)):
         if name not in files:
             continue
         rows = {i: read_tensor(files[name], name, slice(i, i + 1)).float().squeeze(0) for i in specials}
         rows = {i: row for i, row in rows.items() if len(row)}  # an added token has none
         learnt = read_tensor(files[name], name, slice(0, SAMPLED_ROWS)).float().norm(dim=1).median()
-        for i in used:
-            if i in rows and (
-                rows[i].norm() < SHORT * learnt or any(j != i and torch.equal(rows[i], row) for j, row in rows.items())
-            ):
+        for i in ids & rows.keys():
+            if rows[i].norm() < SHORT * learnt or any(j != i and torch.equal(rows[i], row) for j, row in rows.items()):
                 unlearnt.add(i)
     if unlearnt:
         names = ", ".join(specials[i] for i in sorted(unlearnt))

@@ -88,7 +88,8 @@ def best(rows: list[dict], metric: str) -> dict:
     for row in rows:
         evaluations.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k.startswith("eval/") and finite(v)})
     for state.step, figures in evaluations.items():
-        state.note_evaluation(figures, TrainConfig(metric_for_best_model=metric))
+        if state.step:  # an evaluation before the first step has no checkpoint
+            state.note_evaluation(figures, TrainConfig(metric_for_best_model=metric))
     return state.best
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_training import reference_run
 from torch import Tensor
 
+import merge
 import minilora
 import train
 from minilora.build import build_model
@@ -204,9 +205,45 @@ def test_one_of_two_matrices(module: str, bases, tmp_path):
         torch.testing.assert_close(logits_of(ours), logits_of(theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("resized", [0, 3])
+def test_we_read_pefts_adapter_with_its_embedding_layers(kind: str, resized: int, bases, tmp_path):
+    """Where the vocabulary was resized peft saves each matrix several times: as it was, and trained under two names."""
+    hf = reference(bases[kind])
+    size = hf.config.vocab_size + resized
+    hf.resize_token_embeddings(size)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        ensure_weight_tying=kind == "tied",
+    )
+    theirs = peft.get_peft_model(hf, settings).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))) if "modules_to_save" in name else None
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers="auto" if resized else True)
+    assert any("original_module" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = minilora.load(str(bases[kind]), adapter=str(tmp_path), device="cpu")[0]
+    assert ours.config.vocab_size == size
+    torch.testing.assert_close(logits_of(ours), logits_of(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("modules", [("embed_tokens", "lm_head"), ("embed_tokens",), ("lm_head",)], ids="+".join)
+def test_a_tie_that_peft_has_cut_is_not_merged_as_one(modules: tuple[str, ...], bases, tmp_path):
+    adapter = peft_adapter(bases["tied"], tmp_path / "adapter", modules)
+    theirs = peft.PeftModel.from_pretrained(reference(bases["tied"]), str(adapter)).eval()
+    try:
+        merge.main(merge.Args(str(adapter), base=str(bases["tied"]), out=str(tmp_path / "merged")))
+    except UserError as error:
+        assert any(word in str(error) for word in ("embed_tokens", "lm_head"))
+        return
+    torch.testing.assert_close(logits_of(reference(tmp_path / "merged")), logits_of(theirs), rtol=1e-4, atol=1e-4)
+
+
 def test_other_modules_to_save_are_refused_by_name(bases, tmp_path):
     adapter = peft_adapter(bases["untied"], tmp_path / "adapter", ["lm_head", "embed_tokens", "input_layernorm"])
-    with pytest.raises(UserError, match="modules_to_save.*input_layernorm"):
+    with pytest.raises(UserError, match=r"modules_to_save.*input_layernorm"):
         minilora.load(str(bases["untied"]), adapter=str(adapter), device="cpu")
 
 
