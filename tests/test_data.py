@@ -19,8 +19,9 @@ from infer import ask
 from minilora.config import DataConfig, UserError
 from minilora.data import Batch, Documents, step_order
 from minilora.labels import IGNORE
+from minilora.running import examples
 from minilora.running.cache import load_documents
-from minilora.running.examples import build
+from minilora.running.examples import Example
 from minilora.running.reading import table
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
 
@@ -39,6 +40,11 @@ GOOD: dict[str, dict] = {
     "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
     "text": {"text": "Q: q\nA: a"},
 }
+
+
+def build(row: object, data: DataConfig, of: Tokenizer) -> Example:
+    (example,) = examples.build(row, data, of)
+    return example
 
 
 @functools.cache
@@ -330,7 +336,8 @@ def test_a_template_that_ends_earlier_turns_differently_gives_a_document_a_turn(
     documents = load(tmp_path, [turns("q", "one", "r", "two"), turns("q", "one")], of, format="messages")
     assert documents.index.tolist() == [0, 0, 1]
     for i, expected in enumerate(["one", "two", "one"]):  # this template never ends an answer: EOS does
-        assert of.decode([t for t in documents.labels(i) if t >= 0], skip_special_tokens=False).rstrip() == expected + of.eos_token
+        shown = of.decode([t for t in documents.labels(i) if t >= 0], skip_special_tokens=False)
+        assert shown.replace("\n", "") == expected + of.eos_token
 
 
 def test_a_template_that_changes_the_answer_is_counted(tmp_path):

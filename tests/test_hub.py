@@ -625,7 +625,7 @@ def test_a_data_set_by_id(datasets: Hub, name: str, what: str, numbers: list[int
     "name, message",
     [
         ("tester/absent", "404"), ("tester/split@v9", "404"), ("tester/plain:validation", "no validation file"),
-        ("tester/subsets", r"tester/subsets:en/\*\.jsonl or tester/subsets:ko"), ("tester/plain:*.csv", r"no \*\.csv file"),
+        ("tester/subsets", r"tester/subsets:en/train\*\.jsonl or tester/subsets:ko"), ("tester/plain:*.csv", r"no \*\.csv file"),
     ],
 )  # fmt: skip
 def test_a_data_set_that_is_not_to_be_had(datasets: Hub, name: str, message: str):

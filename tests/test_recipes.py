@@ -425,6 +425,7 @@ def test_a_long_description_loses_its_end_and_the_price_stays(runs: Callable[[st
     for text, whole in cut:
         description, price = text.removeprefix("<|begin_of_text|>").removesuffix("<|end_of_text|>").split("Price is $")
         assert whole.startswith(description.rstrip()) and whole.endswith("Price is $" + price)
+        assert description.endswith("\n\n"), "the blank line before the marker stays"
 
 
 def test_a_row_is_asked_as_it_was_trained(run: Run, tmp_path: Path):

@@ -54,18 +54,7 @@ def cache_directory() -> Path:
 
 
 def _cache_key(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str) -> str:
-    unrelated = (
-        "train_file",
-        "train_weights",
-        "eval_file",
-        "train_size",
-        "eval_size",
-        "eval_first",
-        "shuffle",
-        "strict",
-        "num_workers",
-    )
-    settings = {k: v for k, v in asdict(data).items() if k not in unrelated}
+    settings = {k: v for k, v in asdict(data).items() if k not in UNRELATED}
     digest = hashlib.sha256(json.dumps([settings, names, tokenizer.chat_template], sort_keys=True).encode())
     code = [Path(module.__file__ or "") for module in (reading, examples, sources, labels, minilora.tokenizer)]
     files = [path for name in names for _, path in sources.data_files(name, what)]

@@ -82,6 +82,8 @@ def training_rows(documents: Documents, data: DataConfig, seed: int) -> np.ndarr
     for i, weight in enumerate(data.train_weights):
         mine = np.flatnonzero(source == i)
         rows += [mine] * int(weight) + [np.sort(rng.permutation(mine)[: round(weight % 1 * len(mine))])]
+        if not round(weight * len(mine)):
+            raise UserError(f"data.train_weights: {weight} of {len(mine)} rows of {list(documents.counts.files)[i]} is none")
     mixed = np.concatenate(rows)
     return mixed if data.train_size is None else np.sort(rng.permutation(mixed)[: data.train_size])
 

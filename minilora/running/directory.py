@@ -269,10 +269,10 @@ def changed_fields(config: Config, saved: dict) -> list[str]:
             result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
         return result
 
-    then, now = flat(saved), leaves(config)
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in now.items()}
+    now, defaults = ({k: list(v) if isinstance(v, tuple) else v for k, v in leaves(c).items()} for c in (config, Config()))
+    then = defaults | flat(saved)  # a field that the version of then had not has its default
     return [
         f"{name}: {then.get(name)!r} -> {value!r}"
-        for name, value in plain.items()
+        for name, value in now.items()
         if then.get(name) != value and not name.startswith(FREE_TO_CHANGE)
     ]

@@ -253,7 +253,8 @@ def _text(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
         raise RowError("empty response", '"text": nothing follows data.response_marker')
 
     def cut(length: int) -> Example:
-        head = prompt[:length] + marker
+        end = prompt[len(prompt.rstrip()) :] if length < len(prompt) else ""  # keeps the marker apart
+        head = prompt[:length] + end + marker
         full = _ended(head + response, tokenizer)
         return Example(full, [(len(head), len(full))], prompt=prompt, shorten=cut)
 

@@ -140,7 +140,7 @@ def _tokenise_example(example: Example, data: DataConfig, tokenizer: Tokenizer) 
         example = whole.shorten(cut)
         ids, spans = tokenizer.encode(example.text)
     supervised, node, straddling = mark_tokens(example.text, spans, example.supervised, example.nodes)
-    pass
+    supervised[:1] = False  # nothing comes before the first token to predict it from
     if not supervised.any():
         raise RowError("no supervised token", "no token of the response is left to train on")
     return (np.array(ids, dtype=np.int32), supervised, node), (truncated, straddling)

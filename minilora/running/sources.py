@@ -10,15 +10,18 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from minilora.config import UserError
 from minilora.weights import fetch
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = tuple(kind + gz for kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet") for gz in ("", ".gz"))
 LABELS = {"train_file": "data.train_file", "eval_file": "data.eval_file", "input": "--input"}
-SPLITS = {"train_file": ("train",), "eval_file": ("validation", "valid", "dev", "test"), "input": ("test",)}
+# names of splits, as words of a file's name or else of its folders'; and which of them a setting takes, the first that is there
+WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "testing")}
+SPLITS = {"train_file": ("train",), "eval_file": ("validation", "test"), "input": ("test",)}
 
 Line = tuple[int, bytes | str]  # number in the file from 1 and the row as JSON, or (a str) what is wrong with it
 
@@ -26,8 +29,8 @@ Line = tuple[int, bytes | str]  # number in the file from 1 and the row as JSON,
 def data_files(name: str, what: str) -> list[tuple[str, Path]]:
     """(name to show, file) of what a setting names: a file, or `owner/name[@revision][:split or glob]` on the hub.
 
-    Of a dataset without a split or glob, train_file takes the files with "train" in their name (all, if no split is
-    named), eval_file those of the validation split. Raises UserError.
+    Of a dataset without a split or glob, train_file takes the training split (all files, if none is named after a split),
+    eval_file the validation or test split. Raises UserError.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -35,59 +38,86 @@ def data_files(name: str, what: str) -> list[tuple[str, Path]]:
     found = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?", name)
     if path.exists():
         raise UserError(f"{LABELS[what]}: {name!r} is no file")
-    if not found or name.startswith((".", "~")) or (not found[3] and name.removesuffix(".gz").endswith((*SUFFIXES, ".txt"))):
+    if not found or name.startswith((".", "~")) or (not found[3] and name.lower().endswith((*SUFFIXES, ".txt"))):
         raise UserError(f"{LABELS[what]}: {name!r} does not exist")
     return _from_hub(found[1], found[2], found[3], what)
 
 
 def _from_hub(repository: str, revision: str | None, wanted: str | None, what: str) -> list[tuple[str, Path]]:
-    splits = (wanted,) if wanted and not re.search(r"[*./]", wanted) else () if wanted else SPLITS[what]
-    patterns = [f"*{split}*" for split in splits] or [wanted or "*"]
-    files = _fetch(repository, revision, patterns, what)
-    for split in splits:  # the first that there is
-        named = [f for f in files if re.search(rf"(?<![a-z]){re.escape(split)}(?![a-z])", str(f[0]).lower())]
-        if named:
-            files = named
-            break
+    def fetched(patterns: list[str]) -> list[tuple[Path, Path]]:
+        """(name in the repository, local file) of the data files that match, through the hub's cache."""
+        root = fetch(repository, revision, patterns, f"{LABELS[what]}: {repository!r} is no file", kind="dataset")
+        files = sorted(p for p in root.rglob("*") if p.is_file() and p.name.lower().endswith(SUFFIXES))
+        return [(p.relative_to(root), p) for p in files]
+
+    if wanted and re.search(r"[*./]", wanted):
+        files = [f for f in fetched([wanted]) if fnmatch.fnmatch(str(f[0]), wanted)]
     else:
-        if splits and not wanted and what == "train_file":  # no file is named after a split: all of them are data
-            files = _fetch(repository, revision, ["*"], what)
-            splits = ()
-        files = [] if splits else [f for f in files if wanted is None or fnmatch.fnmatch(str(f[0]), wanted)]
+        splits = (wanted.lower(),) if wanted else SPLITS[what]
+        words = [word for split in splits for word in WORDS.get(split, (split,))]
+        there = fetched([_any_case(f"*{word}*") for word in words])
+        files = _first_of(splits, there)
+        if not files and wanted:  # a folder: of it what the setting would take
+            there = [f for f in there if wanted.lower() in map(str.lower, f[0].parts[:-1])]
+        elif not files and what == "train_file":
+            there = fetched([_any_case(f"*{suffix}") for suffix in SUFFIXES])
+        if not files:
+            files = _first_of(SPLITS[what], there) or [f for f in there if what == "train_file" and not _split_of(f[0])]
+        _refuse_several_sets(repository, files, what)
     if not files:
-        raise UserError(
-            f"{LABELS[what]}: dataset {repository} has no {' or '.join(splits) or wanted or 'data'} file ({', '.join(SUFFIXES)})"
-        )
-    kinds = sorted({str(f.parent / "*") + "".join(f.suffixes[-1:]) for f, _ in files})
-    if len(kinds) > 1:
-        choices = " or ".join(f"{repository}:{kind.removeprefix('./')}" for kind in kinds)
-        raise UserError(f"{LABELS[what]}: dataset {repository} holds several sets of files: name one, {choices}")
+        sought = wanted or " or ".join(SPLITS[what])
+        raise UserError(f"{LABELS[what]}: dataset {repository} has no {sought} file ({', '.join(SUFFIXES[::2])}, also .gz)")
     return [(f"{repository}/{f}", path) for f, path in files]
 
 
-def _fetch(repository: str, revision: str | None, patterns: list[str], what: str) -> list[tuple[Path, Path]]:
-    """(name in the repository, local file) of the data files that match, through the hub's cache."""
-    endings = tuple(suffix + gz for suffix in SUFFIXES for gz in ("", ".gz"))
-    allowed = [p + end for p in patterns for end in ("", *endings) if (p + end).endswith(endings)]
-    root = fetch(repository, revision, allowed, f"{LABELS[what]}: {repository!r} is no file", kind="dataset")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(endings))
-    return [(p.relative_to(root), p) for p in files]
+def _first_of(splits: tuple[str, ...], files: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """The files of the first split, or of the first name, that there is."""
+    found = ([f for f in files if split in (_split_of(f[0]), _stem(f[0]).lower())] for split in splits)
+    return next(filter(None, found), [])
+
+
+def _refuse_several_sets(repository: str, files: list[tuple[Path, Path]], what: str) -> None:
+    """Shards of one set differ in their numbers alone (train-00000-of-00002); whatever else differs is another set."""
+    sets = set()
+    for f, _ in files:
+        named = str(f.parent / _stem(f)) if _split_of(Path(f.name)) else f"{f.parent}/"
+        sets.add(named.removeprefix("./") + "*" + "".join(f.suffixes))
+    if len(sets) > 1:
+        choices = " or ".join(f"{repository}:{kind}" for kind in sorted(sets))
+        raise UserError(f"{LABELS[what]}: dataset {repository} holds several sets of files: name one, {choices}")
+
+
+def _stem(file: Path) -> str:
+    return re.sub(r"-\d+-of-\d+.*", "", file.name.partition(".")[0])
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name, or else the nearest folder's, says it belongs to."""
+    for part in (_stem(file), *(folder.name for folder in file.parents)):
+        for split, words in WORDS.items():
+            if re.search(rf"(?<![a-z])(?:{'|'.join(words)})(?![a-z])", part.lower()):
+                return split
+    return None
+
+
+def _any_case(pattern: str) -> str:
+    return "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in pattern)
 
 
 def lines_of(name: str, path: Path) -> list[Line]:
     """Every row of a file. Raises UserError if it cannot be read as what its name says; a bad row is no reason for that."""
     try:
         return list(_read(path))
-    except (OSError, EOFError, ValueError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, OverflowError, zlib.error) as error:
         raise UserError(f"{name}: not readable as {path.suffix.lstrip('.') or 'JSON lines'}: {error}") from error
 
 
 def _read(path: Path) -> Iterator[Line]:
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind == ".parquet":
         yield from _parquet(path)
         return
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         content = file.read()
     if kind in (".csv", ".tsv"):
         yield from _csv(content.decode("utf-8-sig"), "\t" if kind == ".tsv" else ",")
@@ -99,7 +129,9 @@ def _read(path: Path) -> Iterator[Line]:
             if not str(error).startswith("Extra data"):  # JSON lines under this name are common
                 raise
         else:
-            rows = next(iter(rows.values())) if isinstance(rows, dict) and len(rows) == 1 else rows
+            if isinstance(rows, dict):  # {"data": [...]}, or a single row
+                lists = [value for key, value in rows.items() if isinstance(value, list) and key != "messages"]
+                rows = [rows] if len(lists) < len(rows) else lists[0] if len(lists) == 1 else None
             if not isinstance(rows, list):
                 raise ValueError("expected a list of rows, or an object that holds one such list and nothing else")
             yield from ((i, _dumped(row)) for i, row in enumerate(rows, start=1))
@@ -115,18 +147,22 @@ def _csv(text: str, delimiter: str) -> Iterator[Line]:
     """Rows by the names in the first line; numbers are those of the lines where a row begins."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = next(reader, [])
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise ValueError(f"the first line names {sorted(twice)[0]!r} twice")
-    number = reader.line_num + 1
-    for row in reader:
-        if len(row) == len(header):
-            yield number, _dumped(dict(zip(header, row, strict=True)))
-        elif not row:
-            yield number, b""
-        else:
-            yield number, f"has {len(row)} fields, the first line names {len(header)}"
+    number = 1
+    try:
+        header = next(reader, [])
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise ValueError(f"the first line names {sorted(twice)[0]!r} twice")
         number = reader.line_num + 1
+        for row in reader:
+            if len(row) == len(header):
+                yield number, _dumped(dict(zip(header, row, strict=True)))
+            elif not row:
+                yield number, b""
+            else:
+                yield number, f"has {len(row)} fields, the first line names {len(header)}"
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"the row that begins in line {number}: {error}") from error
 
 
 def _parquet(path: Path) -> Iterator[Line]:

@@ -1,6 +1,5 @@
 """Where a run's numbers go: metrics.jsonl, samples.jsonl and report.html always, TensorBoard, wandb and the hub on request."""
 
-import html
 import importlib.util
 import json
 import os
@@ -47,7 +46,7 @@ class Tracker:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.tensorboard = SummaryWriter(str(self.out / "runs"), purge_step=start_step + 1 if start_step else None)
+        self.tensorboard = SummaryWriter(str(self.out / "runs"), purge_step=start_step + 1 if start_step else 0)
         self.writers.append(self._write_tensorboard)
         self.tables.append(lambda rows: self.tensorboard.add_text("samples", markdown(rows), rows[0]["step"]))
         self.closers.append(self.tensorboard.close)
@@ -144,11 +143,12 @@ def _forget_after(path: Path, step: int) -> None:
 def markdown(rows: list[dict]) -> str:
     """Samples as a table, for TensorBoard."""
 
-    def cell(value: object) -> str:
-        return html.escape(str(value)).replace("|", "&#124;").replace("\n", "<br>")
+    def cell(value: object) -> str:  # nothing of it is taken for markdown or HTML
+        lines = str(value).splitlines() or [""]
+        return "<br>".join("".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in line) for line in lines)
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _scalars(row: dict) -> dict[str, float]:
