@@ -209,9 +209,8 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
         prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
         through = text if i + 1 == len(messages) else tokenizer.render(messages[: i + 1])
         if not text.startswith(prompt) or not text.startswith(through):
-            raise RewrittenError(
-                "template rewrites turns", f"the chat template renders turn {i} differently once more turns follow"
-            )
+            message = f"the chat template renders turn {i}, or what comes before it, differently once more is there"
+            raise RewrittenError("template rewrites turns", message)
         content = messages[i]["content"].strip()
         at = text.find(content, len(prompt), len(through))
         if at < 0:
