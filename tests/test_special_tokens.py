@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from rapidfuzz.distance import Levenshtein
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -642,3 +643,18 @@ def test_an_unlearnt_end_is_learnt_with_the_embeddings_only(name: str, bases, tm
                 answer.append(int(logits_of(model, torch.tensor(ids + answer))[-1].argmax()))
             endings[whole] += answer[-1] == stop
     assert endings == {False: 0, True: 4}
+
+
+def test_metrics_compare_answers_with_references_as_they_are_shown(bases, tmp_path, capsys):
+    """Answers are shown without special tokens, so references are too: also where the job was done already."""
+    checkpoint = fitted(setting(tmp_path, bases["llama2"]))
+    source, target = write_rows(tmp_path / "asked.jsonl", 3), tmp_path / "answers.jsonl"
+    for _ in range(2):
+        args = infer.Args(str(checkpoint), input=source, output=str(target), max_new_tokens=4, metrics=("edit_distance",))
+        assert infer.main(args) == 0
+        figures = json.loads((tmp_path / "answers.metrics.json").read_text())
+        rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+        wanted = [row["completion"].replace("<edge>", "").replace("<|끝|>", "").strip() for row in rows]
+        made = [row["generated"].strip() for row in rows]
+        by_hand = sum(Levenshtein.normalized_distance(a, b) for a, b in zip(made, wanted, strict=True)) / len(rows)
+        assert figures["edit_distance"] == pytest.approx(by_hand)
