@@ -107,7 +107,7 @@ def main(config: Config) -> int:
                 position = {"step": state.step, "epoch": state.step / steps_per_epoch}
                 if logging:
                     tracker.log(position | window.row(state))
-                with ema.applied():
+                with ema.applied(evaluating or saving):
                     if evaluating:
                         figures = evaluate(config, built, tokenizer, eval_sets, tracker, position)
                         saving |= state.note_evaluation(figures, train)  # the best so far is saved whenever it comes

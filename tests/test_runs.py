@@ -60,7 +60,8 @@ def test_what_a_run_leaves(tmp_path, base):
     out = Path(c.output_dir)
     steps = 21  # 26 documents at 4 a step are 7 steps, the last of 2 documents, for three epochs
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "runs", "checkpoint-10", "checkpoint-20", "checkpoint-final",
+        "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "runs",
+        "checkpoint-10", "checkpoint-20", "checkpoint-final",
     }  # fmt: skip
     assert {p.name for p in (out / "checkpoint-10").iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

@@ -26,17 +26,17 @@ class EMA:
             torch._foreach_lerp_(list(self.others.values()), list(self.parameters.values()), weight)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the model holds the average, and `others` the weights that training goes on with."""
-        self._swap()
+    def applied(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, if it is wanted, the model holds the average, and `others` the weights that training goes on with."""
+        self._swap(wanted)
         try:
             yield
         finally:
-            self._swap()
+            self._swap(wanted)
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for name, other in self.others.items():  # one tensor at a time, so that memory holds no third copy
+    def _swap(self, wanted: bool) -> None:
+        for name, other in self.others.items() if wanted else ():  # one at a time: memory holds no third copy
             held = other.clone()
             other.copy_(self.parameters[name])
             self.parameters[name].copy_(held)

@@ -15,8 +15,8 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from minilora import dist
 from minilora.config import Config, UserError
-from minilora.running.settings import leaves
 from minilora.running.saving import TOKENIZER_FILES
+from minilora.running.settings import leaves
 from minilora.weights import limit_waiting
 
 TRIES = 4  # of each upload; the client repeats some single requests by itself, too
