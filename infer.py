@@ -58,7 +58,7 @@ class Args:
     prompt: str | None = None
     """Ask this one thing; the answer goes to stdout."""
     input: str | None = None
-    """JSONL with the columns of the training format, or {"prompt": ...}."""
+    """Rows with the columns of the training format, or {"prompt": ...}: JSONL, or any kind that data.train_file takes."""
     output: str | None = None
     """JSONL to write: each input row with "id" and "generated" added. Rows that it has already are not asked again."""
     max_new_tokens: int | None = None
@@ -310,7 +310,7 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
         places = [resolve(args.adapter)] if args.adapter else []
         places = [p for p in (*places, resolve(args.model, args.revision)) if list(p.glob("tokenizer.[jm]*"))]
         tokenizer = loaded[1] if loaded else Tokenizer(places[0]) if places else None
-        specials = tokenizer.specials if tokenizer else ()  # which answers are shown without
+        specials = tokenizer.specials.keys() - tokenizer.backend.shown if tokenizer else ()  # answers are shown without them
         texts, references = [row["generated"] for row in answers], [without(specials, reference(row, data)) for row in answers]
         figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
         if {"loss", "ppl"} & set(args.metrics):

@@ -52,7 +52,7 @@ class Args:
     """Fold an adapter into its base model and write the result in Hugging Face layout."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A checkpoint of ours, or any PEFT LoRA adapter (directory)."""
+    """A checkpoint of ours, or any PEFT LoRA adapter: a directory, or with --out a hub id."""
     base: str | None = None
     """Base model, if not the one that adapter_config.json names: hub id or directory."""
     out: str | None = None
@@ -70,6 +70,8 @@ class Args:
 
 def main(args: Args) -> int:
     checkpoint = Path(args.checkpoint)
+    if not checkpoint.exists() and args.checkpoint.count("/") == 1 and args.out:
+        checkpoint = resolve(args.checkpoint)
     if not (checkpoint / "adapter_config.json").is_file():
         raise UserError(f"{checkpoint} is not an adapter: it has no adapter_config.json")
     lora, adapter, raw = read_adapter(checkpoint)

@@ -30,8 +30,7 @@ from minilora.running.settings import check_device, load_config, run_main
 from minilora.running.signals import StopSignal
 from minilora.running.training_state import load_training_tensors, training_tensors
 from minilora.tokenizer import Tokenizer
-from minilora.tracking import Tracker
-from minilora.tracking.hub import HubPush
+from minilora.tracking import Tracker, prepare
 from minilora.tracking.preview import preview
 from minilora.tracking.window import Window
 from minilora.weights import resolve
@@ -56,7 +55,7 @@ def main(config: Config) -> int:
     if checkpoint and nothing_to_do(checkpoint, state, total_steps, train):
         return 0
 
-    hub = HubPush(config) if config.hub.push and dist.rank() == 0 else None
+    hub = prepare(config)
     device = dist.default_device()
     dist.init(device)
     torch.use_deterministic_algorithms(config.deterministic)
@@ -72,7 +71,7 @@ def main(config: Config) -> int:
         evaluate(config, built, tokenizer, eval_sets, tracker, {"step": 0, "epoch": 0.0})
     window, order = Window(device), np.empty(0, dtype=np.int64)
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, tracker:
         while state.step < total_steps and not state.out_of_patience(train) and not stop.agreed:
             epoch, at = divmod(state.step, steps_per_epoch)
             if at == 0 or not len(order):

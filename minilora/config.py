@@ -56,7 +56,7 @@ class DataConfig:
     train_weights: tuple[float, ...] = ()
     """How often an epoch goes through each file of train_file: 2 is twice, 0.5 a half drawn with the seed (default: once)."""
     eval_file: str | None = None
-    """The same for the out-of-domain evaluation (in-domain is drawn from train_file)."""
+    """One of the same kinds, for the out-of-domain evaluation (in-domain is drawn from train_file)."""
     train_size: int | None = None
     """Train on this many rows, drawn with the seed (default: all)."""
     eval_size: int = 1024
@@ -85,8 +85,8 @@ class DataConfig:
     shuffle: bool = True
     """A new order each epoch, a function of (seed, epoch) alone."""
     add_tokens: tuple[str, ...] = ()
-    """Special tokens that the tokenizer gets in addition. The model's rows for them are new (the mean of the others), so
-    lora.train_embeddings or method='full' is needed. Tokens that are there, reserved ones too, are simply used in the text."""
+    """Special tokens that the tokenizer gets in addition. The model's rows for them are spare ones, or new ones (the mean of
+    the others), so lora.train_embeddings or method='full' is needed. Tokens that are there are simply used in the text."""
     strict: bool = False
     """Stop on the first row that would be dropped instead of counting it."""
     num_workers: int = 4

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # bitsandbytes is imported by runs that quantise, and by no o
     from minilora.quant import QuantizedLinear
 
 TIMEOUT = 60.0  # seconds without a byte from or to the hub after which a request has failed
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+HUB_FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "tokenizer.model", "*.jinja"]
 DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ROWS_PER_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 HARMLESS_KEYS = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, computed here

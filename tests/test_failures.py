@@ -224,7 +224,7 @@ KILLS = {
     "ddp": {
         "start-up": "at(1, dist, 'init', 1, kill)",
         "a step": "at(1, train, 'finish_gradients', 7, kill)",
-        "a save, by the process that writes": "at(0, directory.Tokenizer, 'save', 1, kill)",
+        "a save, by the process that writes": "at(0, directory, 'save_tokenizer', 1, kill)",
     },
     "fsdp": {
         "evaluation": "at(1, train, 'evaluate', 1, kill)",

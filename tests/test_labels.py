@@ -20,8 +20,9 @@ import tiny_tokenizers
 from minilora.config import DataConfig
 from minilora.data import Documents
 from minilora.labels import IGNORE, Edge, draw_kept, keep_probabilities, mark_tokens, path_edges
+from minilora.running import examples
 from minilora.running.cache import load_documents
-from minilora.running.examples import build
+from minilora.running.examples import Example
 from minilora.running.reading import table
 from minilora.tokenizer import Tokenizer
 
@@ -37,6 +38,11 @@ NAMES = [
     "\u200bzero width", "nbsp\xa0", "▁lower one eighth", "ﬁne", "line\u2028separator",
     "carriage\rreturn",
 ]  # fmt: skip
+
+
+def build(row: dict, data: DataConfig, of: Tokenizer) -> Example:
+    (example,) = examples.build(row, data, of)
+    return example
 
 
 @functools.cache

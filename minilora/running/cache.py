@@ -34,7 +34,6 @@ def load_documents(names: str | Sequence[str], data: DataConfig, tokenizer: Toke
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     cached = cache_directory() / f"{_cache_key(names, data, tokenizer, what)}.safetensors"
-    cached.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{cached}.lock"):
         documents = _from_cache(cached)
         if documents is None:
@@ -50,7 +49,16 @@ def load_documents(names: str | Sequence[str], data: DataConfig, tokenizer: Toke
 
 
 def cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
+    """Where tokenised files are kept, made if it is not there. Raises UserError."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+        why = "it cannot be written"
+    except OSError as error:
+        why = str(error)
+    raise UserError(f"the cache {directory} cannot be used ({why}): set XDG_CACHE_HOME to a directory that can be written")
 
 
 def _cache_key(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str) -> str:

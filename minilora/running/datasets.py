@@ -22,6 +22,10 @@ def make_tokenizer(config: Config, base: Path) -> Tokenizer:
     directory = with_added_tokens(base, config.data.add_tokens) if config.data.add_tokens else base
     tokenizer = Tokenizer(directory, chat_template(config.data.chat_template))
     start = config.lora.init_from
+    if start and config.lora.train_embeddings and not trains_embeddings(config):
+        raise UserError(
+            f"lora.train_embeddings: the adapter at lora.init_from={start!r} has none, and its settings replace these"
+        )
     if start and trains_embeddings(config):
         adapter = resolve(start)
         theirs = Tokenizer(adapter).specials if list(adapter.glob("tokenizer.[jm]*")) else {}
@@ -60,8 +64,11 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documen
         held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
         eval_sets["out_of_domain"] = (held_out, held_out.sample(data.eval_size, None if first else config.seed))
     targets = [tokenizer.decode(target) for _, target in questions(config, eval_sets)]
+    figures = [f"{name}/{key}" for name in eval_sets for key in ("loss", "ppl")]
     if config.eval.metrics and targets:  # one that a metric cannot read shows now, not at the first evaluation
-        metrics.score(config.eval.metrics, targets, targets)
+        figures += [f"{list(eval_sets)[-1]}/{key}" for key in metrics.score(config.eval.metrics, targets, targets)]
+    if (best := config.train.metric_for_best_model) and not any(f"eval/{name}".endswith(f"/{best}") for name in figures):
+        raise UserError(f"train.metric_for_best_model: {best!r} is none of {', '.join(figures)}")
     rows = read_json(base / "config.json").get("vocab_size") or 0
     rows = max(rows, tokenizer.vocab_size) if data.add_tokens else rows
     largest = max(int(d.tokens.max()) for d, _ in eval_sets.values())

@@ -129,6 +129,8 @@ def _prompt_response(
     if data.chat:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         example, (at,) = _render_chat(messages, [1], tokenizer)
+        if nodes and response.strip() not in example.text:
+            raise RowError("template rewrites turns", "the chat template changes the white space of the paths")
     else:
         text = _ended(prompt + response, tokenizer)
         example, at = Example(text, [(len(prompt), len(text))]), len(prompt)
@@ -200,14 +202,18 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
     Returns the example and where the content of each supervised turn begins. A turn is supervised from where the model
     would begin to write (what the generation prompt does not give) through the token that ends it.
     """
-    try:
-        text = tokenizer.render(messages)
-    except UserError as error:  # what a template says of one conversation is no reason to end the run
-        raise RowError("refused by the chat template", str(error)) from error
+
+    def render(turns: list[dict], add_generation_prompt: bool = False) -> str:
+        try:
+            return tokenizer.render(turns, add_generation_prompt)
+        except UserError as error:  # what a template says of one conversation is no reason to end the run
+            raise RowError("refused by the chat template", str(error)) from error
+
+    text = render(messages)
     spans, contents = [], []
     for i in supervised:
-        prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
-        through = text if i + 1 == len(messages) else tokenizer.render(messages[: i + 1])
+        prompt = render(messages[:i], add_generation_prompt=True)
+        through = text if i + 1 == len(messages) else render(messages[: i + 1])
         if not text.startswith(prompt) or not text.startswith(through):
             message = f"the chat template renders turn {i}, or what comes before it, differently once more is there"
             raise RewrittenError("template rewrites turns", message)

@@ -18,32 +18,37 @@ import filelock
 from minilora import dist
 from minilora.config import UserError
 from minilora.running.examples import RowError, parse
-from minilora.running.sources import data_files, lines_of
+from minilora.running.sources import Line, data_files, lines_of
 from minilora.weights import read_json
 
 Key = tuple[str | int, int]  # a row's id, and which of its samples
 
 
 def read_rows(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, row) of every line that is not blank, of any kind of file (sources.py). Raises UserError naming file and
-    line."""
+    """(line number, row) of every line of an output that is not blank. Raises UserError naming file and line."""
+    return _rows(str(path), list(enumerate(Path(path).read_bytes().split(b"\n"), start=1)))
+
+
+def _rows(name: str, lines: list[Line]) -> list[tuple[int, dict]]:
     rows = []
-    for number, line in [line for name, file in data_files(str(path), "input") for line in lines_of(name, file)]:
+    for number, line in lines:
         if not line.strip():
             continue
         try:
             row = parse(line)
         except RowError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{name}:{number}: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+            raise UserError(f"{name}:{number}: expected a JSON object, got {type(row).__name__}")
         rows.append((number, row))
     return rows
 
 
 def numbered(path: str) -> list[tuple[int, dict]]:
-    """(line number, row) of a file; a row without an id gets its place. Raises UserError for an id that comes twice."""
-    rows = [(number, {"id": i, **row}) for i, (number, row) in enumerate(read_rows(path))]
+    """(line number, row) of a file of any kind (sources.py); a row without an id gets its place. Raises UserError for an id
+    that comes twice."""
+    read = [row for name, file in data_files(path, "input") for row in _rows(name, lines_of(name, file))]
+    rows = [(number, {"id": i, **row}) for i, (number, row) in enumerate(read)]
     first: dict = {}
     for number, row in rows:
         if not isinstance(row["id"], str | int) or row["id"] in first:

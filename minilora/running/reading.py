@@ -14,7 +14,7 @@ from minilora.config import DataConfig, UserError
 from minilora.data import Counts, Documents
 from minilora.labels import Edge, keep_probabilities, mark_tokens
 from minilora.running.examples import Example, RowError, build, parse
-from minilora.running.sources import Line, data_files, lines_of
+from minilora.running.sources import LABELS, Line, data_files, lines_of
 from minilora.tokenizer import Tokenizer
 
 CHUNK_LINES = 256  # lines a worker takes at a time
@@ -51,7 +51,7 @@ def tokenise(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what:
             chunks += [(counts.read + at, shown, lines[at : at + CHUNK_LINES]) for at in range(0, len(lines), CHUNK_LINES)]
             counts.read += len(lines)
         counts.files[name] = counts.read - before
-    bar = tqdm.tqdm(total=counts.read, desc=f"tokenising data.{what}", unit=" lines", disable=dist.rank() > 0, leave=False)
+    bar = tqdm.tqdm(total=counts.read, desc=f"tokenising {LABELS[what]}", unit=" lines", disable=dist.rank() > 0, leave=False)
     rows: list[tuple] = []
     edges: list[list[Edge]] = []
     counter: Counter[Edge] = Counter()
@@ -88,11 +88,9 @@ def _map_chunks(chunks: list, data: DataConfig, tokenizer: Tokenizer) -> Iterato
     if data.num_workers == 1 or len(chunks) < 8:
         yield from map(_tokenise_chunk, chunks)
         return
-    # forked workers inherit the tokenizer; elsewhere they import and receive it
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(
-        data.num_workers, context, _start_worker, (data, str(tokenizer.directory), tokenizer.chat_template)
-    ) as pool:
+    fork = sys.platform == "linux"  # forked workers inherit the tokenizer; elsewhere they import and receive it
+    start = () if fork else (_start_worker, (data, str(tokenizer.directory), tokenizer.chat_template))
+    with ProcessPoolExecutor(data.num_workers, multiprocessing.get_context("fork" if fork else "spawn"), *start) as pool:
         yield from pool.map(_tokenise_chunk, chunks)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from minilora.config import UserError
 from minilora.weights import fetch
 
-SUFFIXES = tuple(kind + gz for kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet") for gz in ("", ".gz"))
+SUFFIXES = (".parquet", *(kind + gz for kind in (".jsonl", ".json", ".csv", ".tsv") for gz in ("", ".gz")))
 LABELS = {"train_file": "data.train_file", "eval_file": "data.eval_file", "input": "--input"}
 # names of splits, as words of a file's name or else of its folders'; and which of them a setting takes, the first that is there
 WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "testing")}
@@ -55,7 +55,7 @@ def _from_hub(repository: str, revision: str | None, wanted: str | None, what: s
     else:
         splits = (wanted.lower(),) if wanted else SPLITS[what]
         words = [word for split in splits for word in WORDS.get(split, (split,))]
-        there = fetched([_any_case(f"*{word}*") for word in words])
+        there = fetched([_any_case(f"*{word}*{suffix}") for word in words for suffix in SUFFIXES])
         files = _first_of(splits, there)
         if not files and wanted:  # a folder: of it what the setting would take
             there = [f for f in there if wanted.lower() in map(str.lower, f[0].parts[:-1])]
@@ -66,7 +66,7 @@ def _from_hub(repository: str, revision: str | None, wanted: str | None, what: s
         _refuse_several_sets(repository, files, what)
     if not files:
         sought = wanted or " or ".join(SPLITS[what])
-        raise UserError(f"{LABELS[what]}: dataset {repository} has no {sought} file ({', '.join(SUFFIXES[::2])}, also .gz)")
+        raise UserError(f"{LABELS[what]}: dataset {repository} has no {sought} file ({', '.join(SUFFIXES)})")
     return [(f"{repository}/{f}", path) for f, path in files]
 
 

@@ -43,7 +43,6 @@ def with_added_tokens(base: Path, tokens: tuple[str, ...]) -> Path:
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:32]
     directory = cache_directory() / f"tokenizer-{digest}"
     if not directory.is_dir():
-        directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:  # several processes may be at it
             made = Path(temporary) / "made"
             made.mkdir()

@@ -15,6 +15,23 @@ from minilora.tokenizer import Tokenizer
 from minilora.tracking.hub import HubPush
 from minilora.tracking.report import Report
 
+FAILED_UPLOAD = 15  # seconds to wait for an upload when a run fails
+
+
+def prepare(config: Config) -> HubPush | None:
+    """Refuse trackers that cannot work, before anything is written; on the first process returns what uploads checkpoints, if
+    that is asked for. Raises UserError."""
+    if dist.rank() > 0:
+        return None
+    if config.log.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("log.wandb: wandb is not installed (pip install 'minilora[track]')")
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False, verify=False):
+            raise UserError("log.wandb: there is no key: set WANDB_API_KEY (or `wandb login`), or WANDB_MODE=offline")
+    return HubPush(config) if config.hub.push else None
+
 
 class Tracker:
     """Writes on the first process, does nothing on the others. Steps are optimizer steps done."""
@@ -57,8 +74,6 @@ class Tracker:
         self.tensorboard.flush()
 
     def _open_wandb(self, config: Config) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError("log.wandb: wandb is not installed (pip install 'minilora[track]')")
         import wandb
 
         run = wandb.init(
@@ -112,10 +127,17 @@ class Tracker:
         if self.active:
             self.bar.close()
             self.report.write()
-            if self.hub is not None:
-                self.hub.close(patience)
             for close in self.closers:
                 close()
+            if self.hub is not None:
+                self.hub.close(patience)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:  # the run fails: what is known is shown, and an upload gets a moment
+            self.close(FAILED_UPLOAD)
 
 
 def append(path: Path, rows: list[dict]) -> None:

@@ -16,13 +16,18 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from minilora import dist
 from minilora.config import Config, UserError
 from minilora.running.saving import TOKENIZER_FILES
-from minilora.running.settings import leaves
+from minilora.running.settings import leaves, train_files
 from minilora.weights import limit_waiting
 
 TRIES = 4  # of each upload; the client repeats some single requests by itself, too
 WAIT = 1.0  # seconds before the second try, doubled for each further one
 TRANSIENT = (408, 409, 412, 425, 429)  # of the 4xx, those that another try may be spared
 FILES = ("adapter_*", "config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+PATHS = {
+    "adapter_config.json": "base_model_name_or_path",
+    "config.json": "_name_or_path",
+    "tokenizer_config.json": "name_or_path",
+}
 NOT_FILES = ("training_state*", "trainer_state.json", "manifest.json")  # of a checkpoint: what resuming needs
 SHOWN = "method model.bits data.format data.max_seq_length train.epochs train.max_steps train.batch_size train.grad_acc_steps \
 train.optimizer train.learning_rate train.lr_scheduler train.weight_decay seed".split()  # settings in the model card
@@ -97,10 +102,11 @@ class HubPush:
         job = Job(directory, self.out / f".tmp-hub-{step}", message)  # a new start removes .tmp-*
         try:  # links, because prune() may remove the checkpoint meanwhile
             shutil.copytree(directory, job.staging, ignore=_unwanted, copy_function=_link)
-            _hide_path(job.staging / "adapter_config.json")
+            for file, key in PATHS.items():
+                _hide_path(job.staging / file, key)
             metrics = self.out / "metrics.jsonl"
             lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
-            card = model_card(self.config, directory, [json.loads(line) for line in lines], step)
+            card = model_card(self.config, directory, [json.loads(line) for line in lines], step, self.repo_id)
             (job.staging / "README.md").write_text(card, encoding="utf-8")
         except Exception as error:  # a full disk, for one
             self._failed(job, error)
@@ -211,12 +217,12 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _hide_path(file: Path) -> None:
+def _hide_path(file: Path, key: str) -> None:
     """Of a base that is a local directory, others need not know more than the name."""
     raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if raw and not _is_hub_id(raw["base_model_name_or_path"]):
+    if raw.get(key) and not _is_hub_id(raw[key]):
         file.unlink()  # a link to the checkpoint's own
-        raw["base_model_name_or_path"] = Path(raw["base_model_name_or_path"]).name
+        raw[key] = Path(raw[key]).name
         file.write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
@@ -230,16 +236,16 @@ def _plain(value: object) -> str:
     return re.sub(r"([\\`*_<>\[\]|~&#$])", r"\\\1", " ".join(text.split()))
 
 
-def model_card(config: Config, directory: Path, metrics: list[dict], step: int) -> str:
+def model_card(config: Config, directory: Path, metrics: list[dict], step: int, repo: str) -> str:
     """README.md of a checkpoint: its origin, settings, figures and use. Of local files only the base names.
 
     directory: the checkpoint (its adapter_config.json counts); metrics: rows of metrics.jsonl; step: optimizer steps done.
     """
-    full, model, repo = config.method == "full", config.model, config.hub.repo_id or "owner/name"
+    full, model = config.method == "full", config.model
     name, _, tail = model.name.partition("@") if _is_hub_id(model.name.partition("@")[0]) else (model.name, "", "")
     revision, known, scratch = model.revision or tail, _is_hub_id(name), full and model.init == "random"
-    files = config.data.train_file if isinstance(config.data.train_file, tuple) else (config.data.train_file,)
-    table: dict[str, object] = {"training data": ", ".join(Path(file).name for file in files)}
+    local = {file: Path(file).expanduser().exists() for file in train_files(config.data)}
+    table: dict[str, object] = {"training data": ", ".join(Path(f).name if here else f for f, here in local.items())}
     table |= {name: leaves(config)[name] for name in SHOWN} | {"processes": dist.world_size()}
     if not full:
         lora = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
@@ -250,7 +256,8 @@ def model_card(config: Config, directory: Path, metrics: list[dict], step: int) 
             table |= {key: value for key, value in row.items() if key == "loss" or key.startswith("eval/")}
     data = huggingface_hub.ModelCardData(
         base_model=name if known and not scratch else None, library_name="transformers" if full else "peft",
-        pipeline_tag="text-generation", tags=["minilora", "full-fine-tuning" if full else "lora"],
+        pipeline_tag="text-generation", datasets=[re.split("[@:]", f)[0] for f, here in local.items() if not here] or None,
+        tags=["minilora", "full-fine-tuning" if full else "lora"],
     )  # fmt: skip
     shown = _plain(name if known else Path(name).name) + (f" (revision {_plain(revision)})" if revision else "")
     return CARD.format(

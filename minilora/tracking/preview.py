@@ -5,6 +5,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+from minilora import dist
 from minilora.data import Documents
 from minilora.labels import IGNORE
 from minilora.running.directory import make_directory
@@ -20,6 +21,8 @@ STYLES = {
 
 def preview(documents: Documents, tokenizer: Tokenizer, count: int, seed: int, out: Path) -> None:
     """Print the first `count` examples in file order, as epoch 0 trains them, and write OUT/preview.jsonl."""
+    if dist.rank() > 0:
+        return
     colour = sys.stdout.isatty()
     legend = (f"{before}{name}{after}" for name, styles in STYLES.items() for before, after in [styles[not colour]])
     print("legend:", ", ".join(legend), "(supervised, but its label is dropped in epoch 0)\n")

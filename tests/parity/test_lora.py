@@ -213,7 +213,7 @@ def test_a_layer_named_twice_is_wrapped_once(llama: CausalLM):
 
 REFUSED = {
     "use_dora": True,
-    "modules_to_save": ["lm_head"],
+    "modules_to_save": ["input_layernorm"],
     "bias": "all",
     "lora_bias": True,
     "rank_pattern": {"q_proj": 2},

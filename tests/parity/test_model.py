@@ -162,7 +162,8 @@ def test_packed_documents_equal_each_alone(family: str, lengths: list[int]):
     largest = max(grad.abs().max().item() for grad in expected.values())
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6 * largest, msg=name)
+        # in fp32 both sides are off by up to 6e-6 of the largest gradient, measured against float64 on one CPU
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
 @torch.no_grad()
