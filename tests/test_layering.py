@@ -30,7 +30,7 @@ FORBIDDEN = {"transformers", "peft", "trl", "accelerate", "datasets", "pickle", 
 SLOW = {"transformers", "peft", "matplotlib", "pandas", "tensorboard", "wandb"}  # loaded by the run that uses them, not before
 IMPORTERS = {"import_module", "__import__", "find_spec"}  # calls that import, or look for, a module by name
 
-MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_AROUND = 350, 80, 2600, 3150
+MAX_FILE, MAX_FUNCTION, MAX_CORE, MAX_AROUND = 350, 80, 2600, 3200
 
 
 def identifier(node: ast.AST) -> str:

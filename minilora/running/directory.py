@@ -262,15 +262,8 @@ def read_state(directory: Path) -> tuple[TrainerState, dict]:
 
 def changed_fields(config: Config, saved: dict) -> list[str]:
     """`name: saved value -> new value` of every field that bends the training and differs."""
-
-    def flat(values: dict, prefix: str = "") -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in values.items():
-            result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return result
-
     now, defaults = ({k: list(v) if isinstance(v, tuple) else v for k, v in leaves(c).items()} for c in (config, Config()))
-    then = defaults | flat(saved)  # a field that the version of then had not has its default
+    then = defaults | leaves(saved)  # a field that the version of then had not has its default
     return [
         f"{name}: {then.get(name)!r} -> {value!r}"
         for name, value in now.items()

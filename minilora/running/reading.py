@@ -29,14 +29,12 @@ def table(counts: Counts) -> str:
         lines.append(f"  {len(where):>6} {reason}")
         lines += [f"         {w}" for w in where[:LOCATIONS_SHOWN]]
         lines += [f"         and {len(where) - LOCATIONS_SHOWN} more"] if len(where) > LOCATIONS_SHOWN else []
-    lines += [f"  {counts.truncated:>6} kept with a shortened prompt"] if counts.truncated else []
-    lines += (
-        [f"  {counts.split:>6} more documents than rows: one a turn, whose template rewrites earlier turns"]
-        if counts.split
-        else []
-    )
-    lines += [f"  {counts.straddling:>6} tokens straddle prompt and response: not supervised"] if counts.straddling else []
-    return "\n".join(lines)
+    notes = {
+        "kept with a shortened prompt": counts.truncated,
+        "tokens straddle prompt and response: not supervised": counts.straddling,
+        "more documents than rows: one a turn, whose template rewrites earlier turns": counts.split,
+    }
+    return "\n".join([*lines, *(f"  {count:>6} {note}" for note, count in notes.items() if count)])
 
 
 def tokenise(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str = "train_file") -> Documents:

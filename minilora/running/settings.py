@@ -26,14 +26,23 @@ LOST = re.compile("gloo|nccl|Connection|DistBackend|DistNetwork|DistStore|Checkp
 NOT_YET: dict[str, tuple] = {
     "train.compile": (False,), "plan": (False,),
 }  # fmt: skip
+COUNTS = (
+    "lora.rank train.max_steps train.batch_size train.grad_acc_steps train.logging_steps train.save_steps train.save_total_limit "
+    "train.early_stopping_patience eval.batch_size eval.eval_steps eval.max_new_tokens data.train_size data.eval_size "
+    "data.num_workers parallel.shard_size"
+).split()  # settings that must be at least 1, where they are numbers
+
+
+def _fields(config: object) -> list[tuple[str, object]]:
+    return [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
 
 
 def leaves(config: object, prefix: str = "") -> dict[str, object]:
-    """`{"section.field": value}` for every field, in order."""
+    """`{"section.field": value}` for every field of a config, or of one as a dict, in order."""
     flat: dict[str, object] = {}
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, f.name)
-        flat.update(leaves(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value})
+    for name, value in config.items() if isinstance(config, dict) else _fields(config):
+        nested = isinstance(value, dict) or dataclasses.is_dataclass(value)
+        flat.update(leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value})
     return flat
 
 
@@ -59,19 +68,18 @@ def load_config_file(path: str) -> Config:
 def check_types(config: object, where: str, prefix: str = "") -> None:
     """Hold every field of a config to its annotation (an int is accepted for a float, a list for a tuple)."""
     hints = typing.get_type_hints(type(config))
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, f.name)
+    for name, value in _fields(config):
         if isinstance(value, list):
             value = tuple(value)
-            setattr(config, f.name, value)
+            setattr(config, name, value)
         try:
-            typeguard.check_type(value, hints[f.name], collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+            typeguard.check_type(value, hints[name], collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
         except typeguard.TypeCheckError as error:
-            raise UserError(f"{where}: {prefix}{f.name} = {value!r}: {error}") from error
-        if isinstance(value, bool) and bool not in (hints[f.name], *typing.get_args(hints[f.name])):
-            raise UserError(f"{where}: {prefix}{f.name} = {value!r}: a number is wanted, not a boolean")
+            raise UserError(f"{where}: {prefix}{name} = {value!r}: {error}") from error
+        if isinstance(value, bool) and bool not in (hints[name], *typing.get_args(hints[name])):
+            raise UserError(f"{where}: {prefix}{name} = {value!r}: a number is wanted, not a boolean")
         if dataclasses.is_dataclass(value):
-            check_types(value, where, f"{prefix}{f.name}.")
+            check_types(value, where, f"{prefix}{name}.")
 
 
 def load_config(argv: list[str]) -> Config:
@@ -106,6 +114,7 @@ def train_files(data: DataConfig) -> tuple[str, ...]:
 def validate(config: Config) -> None:
     """Refuse values that are out of range or contradict each other, naming the fields. Raises UserError."""
     m, d, t, e = config.model, config.data, config.train, config.eval
+    low = [name for name, value in leaves(config).items() if name in COUNTS and isinstance(value, int) and value < 1]
     problems = [
         (not train_files(d) or "" in train_files(d), "data.train_file is not set: give a data file"),
         (len({*train_files(d)}) < len(train_files(d)), "data.train_file names a file twice: data.train_weights says how often"),
@@ -119,15 +128,13 @@ def validate(config: Config) -> None:
         (any(not token.strip() for token in d.add_tokens), "data.add_tokens holds an empty token"),
         (len({*d.add_tokens}) < len(d.add_tokens), "data.add_tokens names a token twice"),
         (t.ema_decay is not None and not 0 <= t.ema_decay < 1, "train.ema_decay must be in [0, 1)"),
-        (config.lora.rank < 1, "lora.rank must be at least 1"),
+        (low, f"{', '.join(low)} must be at least 1"),
         (not 0 <= config.lora.dropout < 1, "lora.dropout must be in [0, 1)"),
         (not config.lora.target_modules, "lora.target_modules is empty: nothing would be trained"),
         (config.method == "full" and m.bits != 16, "method='full' trains the weights themselves: model.bits must be 16"),
         (config.method == "full" and config.lora.init_from, "method='full' has no adapter: lora.init_from must be None"),
         (m.init == "random" and config.method == "lora", "model.init='random' needs method='full': a random base stays random"),
         (not 0 < t.epochs < float("inf"), "train.epochs must be positive and finite"),
-        (t.max_steps is not None and t.max_steps < 1, "train.max_steps must be at least 1"),
-        (min(t.batch_size, t.grad_acc_steps, e.batch_size) < 1, "batch sizes and grad_acc_steps must be at least 1"),
         (not 0 < t.learning_rate < float('inf'), "train.learning_rate must be positive"),
         (t.warmup_steps < 0, "train.warmup_steps must not be negative"),
         (t.warmup_ratio is not None and not 0 <= t.warmup_ratio <= 1, "train.warmup_ratio must be in [0, 1]"),
@@ -138,22 +145,14 @@ def validate(config: Config) -> None:
          "parallel.cpu_offload needs parallel.strategy fsdp or hsdp"),
         ((config.parallel.shard_size is not None) != (config.parallel.strategy == "hsdp"),
          "parallel.shard_size goes with parallel.strategy='hsdp', which needs it"),
-        (config.parallel.shard_size is not None and config.parallel.shard_size < 1, "parallel.shard_size must be at least 1"),
         (not t.max_grad_norm >= 0, "train.max_grad_norm must not be negative (0 turns clipping off)"),
-        (t.logging_steps < 1 or (isinstance(e.eval_steps, int) and e.eval_steps < 1),
-         "train.logging_steps and eval.eval_steps must be at least 1"),
-        (isinstance(t.save_steps, int) and t.save_steps < 1, "train.save_steps must be at least 1"),
-        (t.save_total_limit is not None and t.save_total_limit < 1, "train.save_total_limit must be at least 1"),
         (d.max_seq_length < 2, "data.max_seq_length must be at least 2"),
-        (d.train_size is not None and d.train_size < 1, "data.train_size must be at least 1"),
-        (min(d.eval_size, d.num_workers) < 1, "data.eval_size and data.num_workers must be at least 1"),
         (d.response_marker is not None and d.format != "text", "data.response_marker needs data.format='text'"),
         (d.response_marker == "", "data.response_marker is empty; leave it out to supervise everything"),
         (e.temperature < 0, "eval.temperature must not be negative (0 is greedy)"),
         (not 0 < e.top_p <= 1, "eval.top_p must be in (0, 1]"),
-        (e.num_generate_samples < 0 or e.max_new_tokens < 1, "eval.num_generate_samples / max_new_tokens are out of range"),
+        (e.num_generate_samples < 0, "eval.num_generate_samples must not be negative"),
         (set(e.metrics) - {"loss", "ppl"} and not e.num_generate_samples, "eval.metrics needs eval.num_generate_samples"),
-        (t.early_stopping_patience is not None and t.early_stopping_patience < 1, "train.early_stopping_patience must be >= 1"),
         (config.hub.push and not config.hub.repo_id, "hub.push needs hub.repo_id: the repository to push to (owner/name)"),
         (min(config.preview, config.seed) < 0, "preview and seed must not be negative"),
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+import jinja2
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from minilora import dist
@@ -31,30 +32,6 @@ PATHS = {
 NOT_FILES = ("training_state*", "trainer_state.json", "manifest.json")  # of a checkpoint: what resuming needs
 SHOWN = "method model.bits data.format data.max_seq_length train.epochs train.max_steps train.batch_size train.grad_acc_steps \
 train.optimizer train.learning_rate train.lr_scheduler train.weight_decay seed".split()  # settings in the model card
-CARD = """---
-{header}
----
-
-# {title}
-
-{what} after {step:,} optimizer steps, trained with minilora over {base}.
-
-| | |
-|---|---|
-{table}
-
-```python
-import minilora
-
-model, tokenizer = minilora.load({ours})
-
-from {library} import {auto}
-
-model = {auto}.from_pretrained({theirs})  # with the weights alone, for other programs
-```
-
-For the licence see the base model.
-"""
 
 
 class Job(NamedTuple):
@@ -260,8 +237,9 @@ def model_card(config: Config, directory: Path, metrics: list[dict], step: int, 
         tags=["minilora", "full-fine-tuning" if full else "lora"],
     )  # fmt: skip
     shown = _plain(name if known else Path(name).name) + (f" (revision {_plain(revision)})" if revision else "")
-    return CARD.format(
-        header=data.to_yaml(), title=repo.split("/")[-1], step=step, what="All weights" if full else "A LoRA adapter",
+    template = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
+    return jinja2.Template(template, keep_trailing_newline=True).render(
+        header=data.to_yaml(), title=repo.split("/")[-1], step=f"{step:,}", what="All weights" if full else "A LoRA adapter",
         base=shown + ", from random weights" * scratch, library="transformers" if full else "peft",
         table="\n".join(f"| {_plain(key)} | {_plain(value)} |" for key, value in table.items() if value is not None),
         auto="AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM", theirs=json.dumps(repo),
