@@ -17,7 +17,7 @@ from pathlib import Path
 from minilora.config import UserError
 from minilora.weights import fetch
 
-SUFFIXES = (".parquet", *(kind + gz for kind in (".jsonl", ".json", ".csv", ".tsv") for gz in ("", ".gz")))
+SUFFIXES = (*(kind + gz for kind in (".jsonl", ".json", ".csv", ".tsv") for gz in ("", ".gz")), ".parquet")
 LABELS = {"train_file": "data.train_file", "eval_file": "data.eval_file", "input": "--input"}
 # names of splits, as words of a file's name or else of its folders'; and which of them a setting takes, the first that is there
 WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "testing")}
@@ -35,12 +35,17 @@ def data_files(name: str, what: str) -> list[tuple[str, Path]]:
     path = Path(name).expanduser()
     if path.is_file():
         return [(name, path)]
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?", name)
     if path.exists():
         raise UserError(f"{LABELS[what]}: {name!r} is no file")
-    if not found or name.startswith((".", "~")) or (not found[3] and name.lower().endswith((*SUFFIXES, ".txt"))):
+    if not (found := on_hub(name)):
         raise UserError(f"{LABELS[what]}: {name!r} does not exist")
     return _from_hub(found[1], found[2], found[3], what)
+
+
+def on_hub(name: str) -> re.Match | None:
+    """Repository, revision, and split or glob, of a dataset on the hub; None for the name of a file."""
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?", name)
+    return found if found and (found[3] or not name.lower().endswith((*SUFFIXES, ".txt"))) else None
 
 
 def _from_hub(repository: str, revision: str | None, wanted: str | None, what: str) -> list[tuple[str, Path]]:

@@ -18,6 +18,7 @@ from minilora import dist
 from minilora.config import Config, UserError
 from minilora.running.saving import TOKENIZER_FILES
 from minilora.running.settings import leaves, train_files
+from minilora.running.sources import on_hub
 from minilora.weights import limit_waiting
 
 TRIES = 4  # of each upload; the client repeats some single requests by itself, too
@@ -196,7 +197,10 @@ def _link(source: str, target: str) -> None:
 
 def _hide_path(file: Path, key: str) -> None:
     """Of a base that is a local directory, others need not know more than the name."""
-    raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:  # no JSON: none of ours
+        return
     if raw.get(key) and not _is_hub_id(raw[key]):
         file.unlink()  # a link to the checkpoint's own
         raw[key] = Path(raw[key]).name
@@ -213,16 +217,16 @@ def _plain(value: object) -> str:
     return re.sub(r"([\\`*_<>\[\]|~&#$])", r"\\\1", " ".join(text.split()))
 
 
-def model_card(config: Config, directory: Path, metrics: list[dict], step: int, repo: str) -> str:
+def model_card(config: Config, directory: Path, metrics: list[dict], step: int, repo: str = "") -> str:
     """README.md of a checkpoint: its origin, settings, figures and use. Of local files only the base names.
 
     directory: the checkpoint (its adapter_config.json counts); metrics: rows of metrics.jsonl; step: optimizer steps done.
     """
-    full, model = config.method == "full", config.model
+    full, model, repo = config.method == "full", config.model, repo or config.hub.repo_id or "owner/name"
     name, _, tail = model.name.partition("@") if _is_hub_id(model.name.partition("@")[0]) else (model.name, "", "")
     revision, known, scratch = model.revision or tail, _is_hub_id(name), full and model.init == "random"
-    local = {file: Path(file).expanduser().exists() for file in train_files(config.data)}
-    table: dict[str, object] = {"training data": ", ".join(Path(f).name if here else f for f, here in local.items())}
+    files = {file: on_hub(file) for file in train_files(config.data)}
+    table: dict[str, object] = {"training data": ", ".join(name if hub else Path(name).name for name, hub in files.items())}
     table |= {name: leaves(config)[name] for name in SHOWN} | {"processes": dist.world_size()}
     if not full:
         lora = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
@@ -233,7 +237,7 @@ def model_card(config: Config, directory: Path, metrics: list[dict], step: int, 
             table |= {key: value for key, value in row.items() if key == "loss" or key.startswith("eval/")}
     data = huggingface_hub.ModelCardData(
         base_model=name if known and not scratch else None, library_name="transformers" if full else "peft",
-        pipeline_tag="text-generation", datasets=[re.split("[@:]", f)[0] for f, here in local.items() if not here] or None,
+        pipeline_tag="text-generation", datasets=[found[1] for found in files.values() if found] or None,
         tags=["minilora", "full-fine-tuning" if full else "lora"],
     )  # fmt: skip
     shown = _plain(name if known else Path(name).name) + (f" (revision {_plain(revision)})" if revision else "")
