@@ -73,7 +73,9 @@ def main(args: Args) -> int:
     if not checkpoint.exists() and args.checkpoint.count("/") == 1 and args.out:
         checkpoint = resolve(args.checkpoint)
     if not (checkpoint / "adapter_config.json").is_file():
-        raise UserError(f"{checkpoint} is not an adapter: it has no adapter_config.json")
+        why = "it has no adapter_config.json" if checkpoint.exists() else "there is no such directory"
+        whole = "; it is a whole model already, as merging makes one" * bool(list(checkpoint.glob("model*.safetensors")))
+        raise UserError(f"{checkpoint} is not an adapter: {why}{whole}")
     lora, adapter, raw = read_adapter(checkpoint)
     try:
         base = resolve(args.base) if args.base else resolve(*base_of(raw, args.checkpoint))

@@ -67,11 +67,11 @@ def main(config: Config) -> int:
     dist.log(f"{len(chosen):,} documents, {total_steps:,} steps -> {out}{resumed}")
     set_aside(checkpoint, out, state.step)
     tracker = Tracker(config, out, state.step, total_steps, [documents for documents, _ in eval_sets.values()], tokenizer, hub)
-    if config.eval.eval_on_start and state.step == 0:
-        evaluate(config, built, tokenizer, eval_sets, tracker, {"step": 0, "epoch": 0.0})
-    window, order = Window(device), np.empty(0, dtype=np.int64)
 
     with StopSignal() as stop, tracker:
+        if config.eval.eval_on_start and state.step == 0:
+            evaluate(config, built, tokenizer, eval_sets, tracker, {"step": 0, "epoch": 0.0})
+        window, order = Window(device), np.empty(0, dtype=np.int64)
         while state.step < total_steps and not state.out_of_patience(train) and not stop.agreed:
             epoch, at = divmod(state.step, steps_per_epoch)
             if at == 0 or not len(order):
@@ -100,7 +100,7 @@ def main(config: Config) -> int:
             tracker.step()
             stop.agree(state.step, device)
             due = [state.finished or state.step % every == 0 for every in intervals(config, steps_per_epoch)]
-            logging, evaluating, saving = due[0], due[1] and not stop.agreed, due[2] or stop.agreed
+            logging, evaluating, saving = due[0], due[1] and (state.finished or not stop.agreed), due[2] or stop.agreed
             if logging or evaluating or saving:
                 window.sync(state, out)  # the first look at the numbers: here the device is waited for
                 position = {"step": state.step, "epoch": state.step / steps_per_epoch}

@@ -90,7 +90,7 @@ def build_model(
     new_tokens = max(0, vocab_size - config.vocab_size)
     if new_tokens:
         config = replace(config, vocab_size=vocab_size)
-        dist.log(f"{new_tokens} rows added to embedding and head, the mean of the others: {vocab_size} tokens")
+        dist.log(f"{new_tokens} rows more in embedding and head than in the base: {vocab_size} tokens")
 
     with torch.device("meta"):
         model = CausalLM(config)

@@ -21,6 +21,7 @@ from minilora.data import Batch, Documents, step_order
 from minilora.labels import IGNORE
 from minilora.running import examples
 from minilora.running.cache import load_documents
+from minilora.running.datasets import chat_template
 from minilora.running.examples import Example
 from minilora.running.reading import table
 from minilora.tokenizer import MISTRAL_TEMPLATE, Tokenizer
@@ -715,3 +716,28 @@ def test_eos_is_there_once(row, tmp_path):
     of = tokenizer("mistral")
     documents = load(tmp_path, [row], of, format="text" if "text" in row else "prompt", chat=False)
     assert list(documents.ids(0)).count(of.eos_id) == 1 and documents.labels(0)[-1] == of.eos_id
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_a_missing_number_is_no_target(value, tmp_path):
+    """pandas writes NaN where it has no number."""
+    documents = load(
+        tmp_path, [{"prompt": "p", "completion": 1.5}, {"prompt": "p", "completion": value}], tokenizer("qwen"), format="prompt"
+    )
+    assert documents.index.tolist() == [0] and "completion" in documents.counts.dropped["malformed"][0]
+
+
+def test_a_null_train_flag_is_none(tmp_path):
+    """Parquet has null in every turn without a flag as soon as one has it."""
+    flags = [{"train": None}, {"train": None}, {"train": None}, {"train": False}]
+    row = {"messages": [m | f for m, f in zip(turns("q", "one", "r", "two")["messages"], flags, strict=True)]}
+    of = tokenizer("qwen")
+    documents = load(tmp_path, [row], of, format="messages")
+    assert supervised_text(documents, 0, of.render(row["messages"]), of) == ["one<|im_end|>"]
+
+
+@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b" \n", "is empty"), ("{{ x }}".encode("utf-16"), "UTF-8")])
+def test_a_template_file_that_is_none(content, message, tmp_path):
+    (tmp_path / "t.jinja").write_bytes(content)
+    with pytest.raises(UserError, match=f"data.chat_template: .*{message}"):
+        chat_template(str(tmp_path / "t.jinja"))

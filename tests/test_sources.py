@@ -516,3 +516,17 @@ def test_the_cache_knows_each_file(three: list[str], tokenizer: Tokenizer, tmp_p
     assert len(documents(*names)) == len(first) - 1 and len(calls) == 3
     Path(names[0]).write_bytes(Path(names[0]).read_bytes() + b"\n")
     assert documents(*names).counts.read == first.counts.read and len(calls) == 4  # one row fewer, one blank line more
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"prompt;completion\na;b\n", "separated by ',', the first line has ';'"),
+        ("a.csv", b"prompt\tcompletion\na\tb\n", r"separated by ',', the first line has '\\t'"),
+        ("a.csv", "prompt,completion\n가,나\n".encode("cp949"), "save it as UTF-8"),
+    ],
+)
+def test_a_spreadsheets_other_ways_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        lines_of(name, tmp_path / name)

@@ -174,7 +174,7 @@ def test_spare_rows_are_used_before_new_ones(tmp_path, capsys):
     tensors, before = load_file(checkpoint / "adapter_model.safetensors"), load_file(base / "model.safetensors")
     for name in WHOLE:
         assert tensors[f"base_model.model.{name}"].shape == before[name].shape == (size + 8, 32)
-    assert "rows added" not in capsys.readouterr().err
+    assert "rows more" not in capsys.readouterr().err
     assert Tokenizer(checkpoint).specials["<edge>"] == size
 
 

@@ -51,7 +51,13 @@ def chat_template(name: str | None) -> str | None:
         return MISTRAL_TEMPLATE if name else None
     if not Path(name).is_file():
         raise UserError(f"data.chat_template: {name!r} is neither 'mistral' nor a file")
-    return Path(name).read_text(encoding="utf-8")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.chat_template: {name!r} cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise UserError(f"data.chat_template: {name!r} is empty")
+    return text
 
 
 def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> tuple[Documents, np.ndarray, EvalSets]:

@@ -41,8 +41,7 @@ class Example:
 
 
 def parse(line: bytes | str) -> object:
-    """The JSON of a line; a str says what is wrong with one. Raises RowError, also for a lone surrogate, which is JSON, but no
-    text."""
+    """The JSON of a line; a str says what is wrong with one. Raises RowError, also for a lone surrogate: JSON, but no text."""
     if isinstance(line, str):
         raise RowError("malformed", line)
     try:
@@ -68,10 +67,17 @@ def build(row: object, data: DataConfig, tokenizer: Tokenizer) -> list[Example]:
     return [_text(row, data, tokenizer)]
 
 
+def column_of(row: dict, key: str) -> object:
+    """A column that must be there."""
+    if key not in row:
+        has = ", ".join(map(repr, row)) or "no columns"
+        raise RowError("malformed", f'"{key}" is missing; the row has {has} (data.format says what a row holds)')
+    return row[key]
+
+
 def string_of(row: dict, key: str) -> str:
     """A column that must be a string."""
-    if key not in row:
-        raise RowError("malformed", f'"{key}" is missing; the row has {", ".join(map(repr, row)) or "no columns"}')
+    column_of(row, key)
     if not isinstance(row[key], str):
         raise RowError("malformed", f'"{key}": expected a string, got {type(row[key]).__name__}')
     return row[key]
@@ -80,11 +86,11 @@ def string_of(row: dict, key: str) -> str:
 def fill_template(template: str, row: dict) -> str:
     """A str.format template over the row's columns."""
     try:
-        return template.format(**{name: value for name, value in row.items() if value is not None})
+        given = {name: value for name, value in row.items() if value is not None and value == value}  # NaN: none is given
+        return template.format(**given)
     except KeyError as error:
-        raise RowError(
-            "malformed", f"column {error} of the template is missing or null; the row has {', '.join(map(repr, row))}"
-        ) from error
+        has = ", ".join(map(repr, row))
+        raise RowError("malformed", f"column {error} of the template is missing or null; the row has {has}") from error
     except (IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"data.prompt_template / response_template: {error} (write {{{{ and }}}} for literal braces)") from error
 
@@ -104,7 +110,7 @@ def _paths(row: dict, data: DataConfig, tokenizer: Tokenizer) -> Example:
 
 def paths_of(row: dict) -> list[list[str]]:
     """The paths of a row of format paths."""
-    paths = row.get("paths")
+    paths = column_of(row, "paths")
     if not isinstance(paths, list) or not all(isinstance(p, list) and p for p in paths):
         raise RowError("malformed", '"paths": expected a list of non-empty lists of strings')
     for i, path in enumerate(paths):
@@ -153,13 +159,14 @@ def _ended(text: str, tokenizer: Tokenizer) -> str:
 
 def turns_of(row: dict) -> list[dict]:
     """The chat turns of format messages."""
-    turns = row.get("messages")
+    turns = column_of(row, "messages")
     if not isinstance(turns, list) or not turns:
         raise RowError("malformed", '"messages": expected a non-empty list of turns')
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise RowError("malformed", f'"messages"[{i}]: expected an object with the strings "role" and "content"')
-        if not isinstance(turn.get("train", True), bool):
+            has = ", ".join(map(repr, turn)) if isinstance(turn, dict) else type(turn).__name__
+            raise RowError("malformed", f'"messages"[{i}]: expected an object with the strings "role" and "content", not {has}')
+        if not isinstance(turn.get("train"), bool | None):  # null is what Parquet has for none
             raise RowError("malformed", f'"messages"[{i}]["train"]: expected true or false')
     return turns
 
@@ -167,11 +174,11 @@ def turns_of(row: dict) -> list[dict]:
 def _messages(row: dict, tokenizer: Tokenizer) -> list[Example]:
     """Chat turns; every assistant turn is supervised unless it says `"train": false`.
 
-    Some templates render a turn differently once others follow (Qwen3 drops the reasoning of earlier ones). What the
-    model sees when it answers is then not what a later rendering shows, so each turn becomes an example of its own.
+    Some templates render a turn differently once others follow (Qwen3 drops the reasoning of earlier ones), which is not what
+    the model sees when it answers: each turn is then an example of its own.
     """
     turns = turns_of(row)
-    supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
+    supervised = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train") is not False]
     if not supervised or not any(turns[i]["content"].strip() for i in supervised):
         raise RowError("empty response", '"messages": no assistant turn to train on')
     try:
@@ -238,8 +245,7 @@ def _render_chat(messages: list[dict], supervised: list[int], tokenizer: Tokeniz
 
 def _respaced(content: str, rendered: str) -> str:
     """What stands in a rendered turn for a content of which the template has changed the white space; else nothing."""
-    letters = [re.escape(c) for c in content if not c.isspace()]
-    found = re.search(r"\s*".join(letters), rendered)
+    found = re.search(r"\s*".join(re.escape(c) for c in content if not c.isspace()), rendered)
     return found.group() if found else ""
 
 

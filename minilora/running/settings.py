@@ -129,6 +129,8 @@ def validate(config: Config) -> None:
         (len({*d.add_tokens}) < len(d.add_tokens), "data.add_tokens names a token twice"),
         (t.ema_decay is not None and not 0 <= t.ema_decay < 1, "train.ema_decay must be in [0, 1)"),
         (low, f"{', '.join(low)} must be at least 1"),
+        (not config.output_dir, "output_dir is empty"),
+        (config.method == "full" and config.lora.train_embeddings, "lora.train_embeddings: method='full' trains all"),
         (not 0 <= config.lora.dropout < 1, "lora.dropout must be in [0, 1)"),
         (not config.lora.target_modules, "lora.target_modules is empty: nothing would be trained"),
         (config.method == "full" and m.bits != 16, "method='full' trains the weights themselves: model.bits must be 16"),

@@ -125,7 +125,11 @@ def _read(path: Path) -> Iterator[Line]:
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         content = file.read()
     if kind in (".csv", ".tsv"):
-        yield from _csv(content.decode("utf-8-sig"), "\t" if kind == ".tsv" else ",")
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{error}: save it as UTF-8") from error
+        yield from _csv(text, "\t" if kind == ".tsv" else ",")
         return
     if kind == ".json":
         try:
@@ -155,6 +159,8 @@ def _csv(text: str, delimiter: str) -> Iterator[Line]:
     number = 1
     try:
         header = next(reader, [])
+        if len(header) == 1 and (other := [c for c in ";\t," if c in header[0]]):
+            raise ValueError(f"columns are to be separated by {delimiter!r}, the first line has {other[0]!r}")
         if twice := {name for name in header if header.count(name) > 1}:
             raise ValueError(f"the first line names {sorted(twice)[0]!r} twice")
         number = reader.line_num + 1
