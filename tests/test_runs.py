@@ -425,3 +425,31 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, base):
 def test_one_process_needs_no_group():
     assert dist.world_size() == 1 and dist.rank() == 0
     assert dist.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ctrl-C comes while train's function `name` runs."""
+    real = getattr(train, name)
+
+    def during(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, name, during)
+
+
+def test_ctrl_c_in_the_last_step_costs_no_evaluation(tmp_path, base, monkeypatch):
+    c = config(tmp_path, base, train__max_steps=1)
+    interrupted(monkeypatch, "finish_gradients")
+    assert train.main(c) == 0
+    assert [row["step"] for row in metrics(c, "eval/in_domain/loss")] == [1]
+
+
+def test_ctrl_c_in_the_evaluation_before_training(tmp_path, base, monkeypatch):
+    c = config(tmp_path, base, train__max_steps=4, eval__eval_on_start=True)
+    interrupted(monkeypatch, "evaluate")
+    assert train.main(c) == 130
+    assert [row["step"] for row in metrics(c, "eval/in_domain/loss")] == [0]
+    monkeypatch.undo()
+    assert (Path(c.output_dir) / "checkpoint-1").is_dir() and train.main(c) == 0
+    assert [row["step"] for row in metrics(c, "eval/in_domain/loss")] == [0, 4]
