@@ -48,6 +48,7 @@ demo: $(VENV)/.installed
 	@echo "  checkpoint-final/         the adapter, in PEFT's layout"
 	@echo "  checkpoint-final/merged/  the merged model, in Hugging Face layout"
 	@echo "  metrics.jsonl             loss, gradient norm, learning rate and evaluations, step by step"
+	@echo "  report.html               all of it to look at: curves, answers, masks, settings"
 	@echo "  samples.jsonl             answers generated during training"
 	@echo "  answers.jsonl             the merged model's answers to examples/wiki/test.jsonl"
 
