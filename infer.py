@@ -35,6 +35,7 @@ from minilora.running.examples import RowError, ask, question, reference, refere
 from minilora.running.jobs import Job, Key, numbered, read_rows
 from minilora.running.reading import table, tokenise
 from minilora.running.settings import run_main
+from minilora.running.sources import data_files
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_json, resolve
 
@@ -307,20 +308,19 @@ def evaluate(args: Args, answers: list[dict], loaded: tuple | None, rubric: dict
     out = Path(args.output or "")
     data = loaded[2] if loaded else trained_format(args.model, args.adapter, args.revision, args.raw)
     if args.metrics:
-        places = [resolve(args.adapter)] if args.adapter else []
-        places = [p for p in (*places, resolve(args.model, args.revision)) if list(p.glob("tokenizer.[jm]*"))]
-        tokenizer = loaded[1] if loaded else Tokenizer(places[0]) if places else None
-        specials = tokenizer.specials.keys() - tokenizer.backend.shown if tokenizer else ()  # answers are shown without them
+        places = [*([resolve(args.adapter)] if args.adapter else []), resolve(args.model, args.revision)]
+        places = [p for p in places if list(p.glob("tokenizer.[jm]*"))]
+        shown = loaded[1] if loaded else Tokenizer(places[0]) if places else None
+        specials = shown.specials.keys() - shown.backend.shown if shown else ()  # answers are shown without them
         texts, references = [row["generated"] for row in answers], [without(specials, reference(row, data)) for row in answers]
         figures: dict = {"answers": len(answers)} | metrics.score([m for m in args.metrics if m != "graph"], texts, references)
         if {"loss", "ppl"} & set(args.metrics):
             model, tokenizer, data = loaded or load(args)
-            documents = tokenise([args.input or ""], data, tokenizer, "input")
+            documents = tokenise({args.input or "": data_files(args.input or "", "input")}, data, tokenizer, "input")
             dist.log(table(documents.counts))
             if not len(documents):
                 raise UserError(f"--metrics loss: no row of {args.input} is left to compute it over")
-            starts = range(0, len(documents), args.batch_size)
-            order = np.argsort(documents.lengths, kind="stable")
+            starts, order = range(0, len(documents), args.batch_size), np.argsort(documents.lengths, kind="stable")
             sums = loss_sums(model, documents, [order[s : s + args.batch_size] for s in starts], model.head_weight.device)
             figures |= {k: v for k, v in loss_and_ppl(sums).items() if k in args.metrics} | {"loss/rows": len(documents)}
         if "graph" in args.metrics:

@@ -741,3 +741,19 @@ def test_a_template_file_that_is_none(content, message, tmp_path):
     (tmp_path / "t.jinja").write_bytes(content)
     with pytest.raises(UserError, match=f"data.chat_template: .*{message}"):
         chat_template(str(tmp_path / "t.jinja"))
+
+
+def test_a_turn_that_a_template_cannot_begin_is_one_dropped_row(tmp_path):
+    """Qwen's template looks at the first turn: what comes before an assistant's first turn is nothing it can render."""
+    rows = [turns("q", "one"), {"messages": turns("q", "one")["messages"][1:]}]
+    documents = load(tmp_path, rows, tokenizer("qwen"), format="messages")
+    assert documents.index.tolist() == [0]
+    assert "rows.jsonl:2: chat template" in documents.counts.dropped["refused by the chat template"][0]
+
+
+def test_paths_whose_white_space_a_template_changes_are_dropped(tmp_path):
+    """Their nodes are places in the text, which would shift."""
+    of = Tokenizer(tiny_tokenizers.qwen(), "{% for m in messages %}{{ m.content | indent(2) }}<|im_end|>{% endfor %}")
+    rows = [{"title": "T", "abstract": "A", "paths": paths} for paths in ([["a", "b"], ["c", "d"]], [["a", "b"]])]
+    documents = load(tmp_path, rows, of)
+    assert documents.index.tolist() == [1] and len(documents.counts.dropped["template rewrites turns"]) == 1

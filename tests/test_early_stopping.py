@@ -153,3 +153,11 @@ def test_another_figure_begins_anew():
     assert "checkpoint-final, eval/a/loss 9" in state.best_text()
     state.step = 4
     assert not state.note_evaluation({"eval/a/loss": 9.5}, config) and "checkpoint-3" in state.best_text()
+
+
+@pytest.mark.parametrize("name", ["rouge", "lossy", "validation/domain/loss"])
+def test_a_figure_that_is_never_logged_is_refused_before_anything_is_written(name: str, base: Path, tmp_path: Path):
+    c = tiny_runs.config(tmp_path, base, train__metric_for_best_model=name, eval__metrics=("rouge",))
+    with pytest.raises(UserError, match=r"train.metric_for_best_model: .*in_domain/loss.*rougeL"):
+        train.main(c)
+    assert not Path(c.output_dir).exists()

@@ -89,7 +89,8 @@ FLAT = {
 
 
 def load(file: Path, tokenizer: Tokenizer, **settings) -> Documents:
-    return tokenise([str(file)], DataConfig(**{"format": "prompt", "num_workers": 1, **settings}), tokenizer)
+    data = DataConfig(**{"format": "prompt", "num_workers": 1, **settings})
+    return tokenise({str(file): data_files(str(file), "train_file")}, data, tokenizer, "train_file")
 
 
 def arrays(documents: Documents) -> dict[str, np.ndarray]:
@@ -424,7 +425,8 @@ def rows_of(name: str) -> list[dict | None]:
 
 @pytest.fixture(scope="module")
 def mixed(three: list[str], tokenizer: Tokenizer) -> Documents:
-    return tokenise(three, DataConfig(num_workers=1), tokenizer)
+    files = {name: data_files(name, "train_file") for name in three}
+    return tokenise(files, DataConfig(num_workers=1), tokenizer, "train_file")
 
 
 def test_several_files_are_one_after_the_other(three: list[str], mixed: Documents, tokenizer: Tokenizer):

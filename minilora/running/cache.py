@@ -33,11 +33,12 @@ def load_documents(names: str | Sequence[str], data: DataConfig, tokenizer: Toke
     data.strict for the first row that would be dropped.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    cached = cache_directory() / f"{_cache_key(names, data, tokenizer, what)}.safetensors"
+    files = {name: sources.data_files(name, what) for name in names}  # once: a dataset's place is asked of the hub
+    cached = cache_directory() / f"{_cache_key(files, data, tokenizer)}.safetensors"
     with filelock.FileLock(f"{cached}.lock"):
         documents = _from_cache(cached)
         if documents is None:
-            documents = reading.tokenise(names, data, tokenizer, what)
+            documents = reading.tokenise(files, data, tokenizer, what)
             _to_cache(documents, cached)
     dist.log(reading.table(documents.counts))
     if data.strict and documents.counts.dropped:
@@ -61,12 +62,12 @@ def cache_directory() -> Path:
     raise UserError(f"the cache {directory} cannot be used ({why}): set XDG_CACHE_HOME to a directory that can be written")
 
 
-def _cache_key(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str) -> str:
+def _cache_key(files: sources.Files, data: DataConfig, tokenizer: Tokenizer) -> str:
     settings = {k: v for k, v in asdict(data).items() if k not in UNRELATED}
-    digest = hashlib.sha256(json.dumps([settings, names, tokenizer.chat_template], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([settings, list(files), tokenizer.chat_template], sort_keys=True).encode())
     code = [Path(module.__file__ or "") for module in (reading, examples, sources, labels, minilora.tokenizer)]
-    files = [path for name in names for _, path in sources.data_files(name, what)]
-    for file in [*files, *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:
+    rows = [path for found in files.values() for _, path in found]
+    for file in [*rows, *code, *sorted(p for p in tokenizer.directory.glob("*token*") if p.is_file())]:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:32]

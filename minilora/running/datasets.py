@@ -33,8 +33,6 @@ def make_tokenizer(config: Config, base: Path) -> Tokenizer:
             raise UserError(
                 f"lora.init_from: {start} has learnt {', '.join(other)}: name the same in data.add_tokens, in its order"
             )
-    elif config.data.add_tokens and not trains_embeddings(config):
-        raise UserError("data.add_tokens: the adapter at lora.init_from trains no embeddings, so new tokens would not be learnt")
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -14,7 +14,7 @@ from minilora.config import DataConfig, UserError
 from minilora.data import Counts, Documents
 from minilora.labels import Edge, keep_probabilities, mark_tokens
 from minilora.running.examples import Example, RowError, build, parse
-from minilora.running.sources import LABELS, Line, data_files, lines_of
+from minilora.running.sources import LABELS, Files, Line, lines_of
 from minilora.tokenizer import Tokenizer
 
 CHUNK_LINES = 256  # lines a worker takes at a time
@@ -37,14 +37,14 @@ def table(counts: Counts) -> str:
     return "\n".join([*lines, *(f"  {count:>6} {note}" for note, count in notes.items() if count)])
 
 
-def tokenise(names: Sequence[str], data: DataConfig, tokenizer: Tokenizer, what: str = "train_file") -> Documents:
+def tokenise(files: Files, data: DataConfig, tokenizer: Tokenizer, what: str) -> Documents:
     """Every usable row of some files (see sources.py) as a document, and what became of the others. n(u, v) of an edge is
     counted over all of them. Raises UserError (a file that is none, data.too_long)."""
-    counts = Counts(", ".join(names))
+    counts = Counts(", ".join(files))
     chunks: list[tuple[int, str, list[Line]]] = []
-    for name in names:
+    for name, found in files.items():
         before = counts.read
-        for shown, path in data_files(name, what):
+        for shown, path in found:
             lines = lines_of(shown, path)
             chunks += [(counts.read + at, shown, lines[at : at + CHUNK_LINES]) for at in range(0, len(lines), CHUNK_LINES)]
             counts.read += len(lines)

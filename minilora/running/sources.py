@@ -23,6 +23,7 @@ LABELS = {"train_file": "data.train_file", "eval_file": "data.eval_file", "input
 WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "testing")}
 SPLITS = {"train_file": ("train",), "eval_file": ("validation", "test"), "input": ("test",)}
 
+Files = dict[str, list[tuple[str, Path]]]  # what a setting names -> its files, see `data_files`
 Line = tuple[int, bytes | str]  # number in the file from 1 and the row as JSON, or (a str) what is wrong with it
 
 
