@@ -1,4 +1,4 @@
-"""minilora: fine-tune Mistral- and Llama-family models with LoRA, in code that can be read in an afternoon.
+"""Fine-tune Mistral-, Llama- and Qwen-family models with LoRA, in plain PyTorch.
 
 model, tokenizer = minilora.load("checkpoint-final")
 logits = model(tokens, lengths)
@@ -6,7 +6,7 @@ texts = minilora.generate(model, tokenizer, ["..."], max_new_tokens=64)
 """
 
 from minilora.build import load
-from minilora.generate import generate
+from minilora.generation.engine import generate
 
 __all__ = ["generate", "load"]
 __version__ = "0.1.0"

@@ -1,5 +1,15 @@
-"""Building a model, in one function that can be followed from top to bottom."""
+"""Build a model from its files, for training or for inference.
 
+Both builders take the same steps, those in brackets only for training:
+
+    config.json -> modules on the meta device -> quantized linear layers -> adapters
+    [-> gradient checkpointing -> shards] -> weights
+
+Modules on the meta device have shapes but no memory: nothing is allocated before its dtype and its
+shards are decided.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,165 +18,389 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from minilora import dist
-from minilora.checkpoint import base_of, read_adapter, trained_over
-from minilora.config import Config, LoraConfig, UserError
-from minilora.dist import WHOLE, Whole
-from minilora.lora import init_adapters, inject, load_adapter_state
-from minilora.model import CausalLM, DecoderConfig
-from minilora.tokenizer import Tokenizer
-from minilora.weights import ROWS_PER_TOKEN, assign, base_parameters, draw_weights, load_weights, read_json, resolve, weight_map
+from minilora import distributed
+from minilora.checkpoint.hf import (
+    VOCABULARY_MATRICES,
+    base_parameters,
+    checkpoint_bits,
+    draw_weights,
+    load_weights,
+    materialize_parameter,
+    weight_map,
+)
+from minilora.checkpoint.peft import (
+    CONFIG_FILE,
+    Adapter,
+    base_model_name,
+    load_adapter_state,
+    read_adapter,
+)
+from minilora.checkpoint.run_record import read_model_config
+from minilora.config import Config, LoraConfig
+from minilora.data.tokenizer import Tokenizer
+from minilora.distributed import REPLICATED, Layout
+from minilora.errors import UserError
+from minilora.files import read_json
+from minilora.hub import resolve
+from minilora.model.hf_config import DecoderConfig
+from minilora.model.lora import init_adapters, inject
+from minilora.model.quantized_linear import QuantizedLinear
+from minilora.model.transformer import CausalLM
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass
-class Built:
+class LoadedModel:
+    """A model with its weights, and how it was built."""
+
     model: CausalLM
-    dtype: torch.dtype  # of the arithmetic, and of what is saved
-    lora: LoraConfig | None  # as used: init_from brings its own
-    parameters: int  # of the base, however few bits they are held in
-    autocast: torch.dtype | None = None  # full training of fp32 masters with 16-bit arithmetic
-    place: Whole = WHOLE  # whether parameters lie whole here, or in shards
+    dtype: torch.dtype
+    """Of the arithmetic, and of the weights of a full run when they are saved."""
+    lora: LoraConfig | None
+    """The adapters' settings; those of the adapter itself where it was read from a file."""
+    num_parameters: int
+    """Of the base, counted before quantization."""
+    autocast: torch.dtype | None = None
+    """The dtype of autocast around float32 weights in a full run, else None."""
+    layout: Layout = REPLICATED
+    """How the parameters are distributed over the processes."""
 
 
-def compute_dtype(wanted: str, raw: dict, device: torch.device) -> torch.dtype:
-    """The dtype of the arithmetic. auto: the checkpoint's; bfloat16 for float16 where the device has it (it cannot
-    overflow in training), and float32 where the device has no bfloat16."""
+def build_for_training(
+    config: Config,
+    base: Path,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    vocab_size: int = 0,
+) -> LoadedModel:
+    """Build the model of a training run; several processes may share it in shards.
+
+    All weights that are trained are float32, whatever the dtype of the arithmetic.
+
+    Args:
+        config: the run's settings.
+        base: the directory of the base model.
+        device: where the weights go.
+        checkpoint: a checkpoint of this run, whose weights replace the ones to start from.
+        vocab_size: the smallest vocabulary that the model must have; it grows if need be.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the settings.
+    """
+    full = config.method == "full"
+    directory = checkpoint if full and checkpoint is not None else base  # of the base's weights
+    hf_config = read_json(directory / "config.json")
+    dtype = compute_dtype(config.model.dtype, hf_config, device)
+
+    # The settings of lora.init_from (rank, targets) hold for a resumed run too; its values do not.
+    lora = None if full else config.lora
+    init_adapter: Adapter | None = None
+    if lora is not None and lora.init_from is not None:
+        init_adapter = read_adapter(resolve(lora.init_from))
+        lora = init_adapter.lora
+        vocab_size = max(vocab_size, _vocab_size_of(init_adapter))
+
+    model, new_tokens = _modules_on_meta(directory, hf_config, vocab_size)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    bits, double_quant = config.model.bits, config.model.double_quant
+    quantized = quantize_base(model, hf_config, directory, bits, double_quant)
+    _log_quantized(model, quantized, bits)
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        inject(model, lora)  # freezes the base, except an embedding and head to train
+    if config.train.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+
+    weight_dtype = torch.float32 if full else dtype
+    _set_dtypes(model, weight_dtype)
+    layout = _distribute(model, config, dtype, device)
+
+    if config.model.init == "random" and checkpoint is None:
+        std = model.config.initializer_range
+        draw_weights(model, device, weight_dtype, std, config.seed, layout)
+    else:
+        load_weights(model, directory, device, weight_dtype, quantized, layout, new_tokens)
+    if lora is not None:
+        adapter = init_adapter if checkpoint is None else read_adapter(checkpoint)
+        _fill_adapters(model, adapter, config.seed, device, layout)
+    autocast = _autocast_dtype(full, dtype, layout)
+    return LoadedModel(model, dtype, lora, num_parameters, autocast, layout)
+
+
+def _autocast_dtype(full: bool, dtype: torch.dtype, layout: Layout) -> torch.dtype | None:
+    """Return the dtype of autocast around float32 weights that are trained with 16-bit arithmetic.
+
+    Sharded weights need no autocast: they are gathered in 16 bits already (see `shard_model`).
+    """
+    if full and dtype != torch.float32 and layout is REPLICATED:
+        return dtype
+    return None
+
+
+def build_for_inference(
+    directory: Path,
+    device: torch.device,
+    dtype: str = "auto",
+    bits: int = 16,
+    double_quant: bool = True,
+    adapter: Path | None = None,
+) -> LoadedModel:
+    """Build a frozen model in evaluation mode, replicated on every process.
+
+    An embedding and head that come with the adapter stay in float32.
+
+    Args:
+        directory: the model in Hugging Face layout.
+        device: where the weights go.
+        dtype: of the arithmetic; for auto see `compute_dtype`.
+        bits: 16, 8 (LLM.int8) or 4 (NF4).
+        double_quant: with 4 bits, quantize the quantization constants too.
+        adapter: the directory of a PEFT adapter to put on the model.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the others.
+    """
+    hf_config = read_json(directory / "config.json")
+    torch_dtype = compute_dtype(dtype, hf_config, device)
+    loaded = None if adapter is None else read_adapter(adapter)
+    vocab_size = 0 if loaded is None else _vocab_size_of(loaded)
+
+    model, new_tokens = _modules_on_meta(directory, hf_config, vocab_size)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    quantized = quantize_base(model, hf_config, directory, bits, double_quant)
+    _log_quantized(model, quantized, bits)
+    if loaded is None:
+        model.requires_grad_(False)
+    else:
+        inject(model, loaded.lora)
+
+    _set_dtypes(model, torch_dtype)
+    load_weights(model, directory, device, torch_dtype, quantized, new_tokens=new_tokens)
+    if loaded is not None:
+        unused_seed = 0  # the adapter's values replace all that are drawn
+        _fill_adapters(model, loaded, unused_seed, device, REPLICATED)
+    model.eval().requires_grad_(False)
+    lora = None if loaded is None else loaded.lora
+    return LoadedModel(model, torch_dtype, lora, num_parameters)
+
+
+def compute_dtype(wanted: str, hf_config: dict, device: torch.device) -> torch.dtype:
+    """Return the dtype of the arithmetic.
+
+    Args:
+        wanted: a dtype's name, or "auto". Auto is float32 for a checkpoint in float32. For one in
+            16 bits it is bfloat16, which unlike float16 does not overflow in training, or float16
+            on a GPU that has no bfloat16.
+        hf_config: the checkpoint's config.json.
+        device: where the model will run.
+    """
     if wanted != "auto":
         return DTYPES[wanted]
-    saved = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if saved == "float32":
+    saved = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    if str(saved).removeprefix("torch.") == "float32":
         return torch.float32
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def stored_bits(raw: dict, where: str) -> int:
-    """16, or what bitsandbytes has quantised a checkpoint to. Raises UserError for a form that is not read."""
-    quantization = raw.get("quantization_config") or {}
-    if quantization.get("load_in_8bit"):
-        if (threshold := quantization.get("llm_int8_threshold", 6.0)) != 6.0:
-            raise UserError(f"{where}: quantization_config.llm_int8_threshold = {threshold!r} is not supported, only 6.0")
-        return 8
-    if quantization.get("load_in_4bit") and (kind := quantization.get("bnb_4bit_quant_type", "fp4")) != "nf4":
-        raise UserError(f"{where}: quantization_config.bnb_4bit_quant_type = {kind!r} is not supported, only 'nf4'")
-    return 4 if quantization.get("load_in_4bit") else 16
+def _vocab_size_of(adapter: Adapter) -> int:
+    """Return the vocabulary of the embedding that comes with an adapter, or 0 without one."""
+    sizes = [len(t) for name, t in adapter.tensors.items() if name.endswith(VOCABULARY_MATRICES)]
+    return max(sizes, default=0)
 
 
-def quantized_layers(model: CausalLM, raw: dict, directory: Path, bits: int, double_quant: bool) -> dict:
-    """Swap the linear layers for quantised ones where bits < 16 (see quant.py); returns them by path."""
-    stored = stored_bits(raw, str(directory / "config.json"))
-    if stored not in (16, bits):
-        raise UserError(f"{directory} is quantised to {stored} bits already: set model.bits={stored} (infer.py --bits {stored})")
-    if bits == 16:
-        return {}
-    from minilora.quant import quantize_linears  # brings bitsandbytes, two seconds
+def _modules_on_meta(directory: Path, hf_config: dict, vocab_size: int) -> tuple[CausalLM, int]:
+    """Return the model that config.json describes, on the meta device, and how far it has grown.
 
-    return quantize_linears(model, bits, double_quant, weight_map(directory).keys() if stored < 16 else ())
-
-
-def build_model(
-    directory: Path, device: torch.device, dtype: str = "auto", lora: LoraConfig | None = None, full: bool = False,
-    random_weights: bool = False, seed: int = 0, gradient_checkpointing: bool = False, bits: int = 16, double_quant: bool = True,
-    run: Config | None = None, vocab_size: int = 0,
-) -> Built:  # fmt: skip
-    """config.json -> modules on the meta device -> quantised linears -> adapters -> checkpointing -> shards -> weights,
-    streamed. run: the training run, whose `parallel` settings say how several processes share the model.
-
-    full: every weight is trained and kept in fp32, whatever the dtype of the arithmetic, as are embedding and head with
-    lora.train_embeddings. vocab_size: that the model should have at least; an adapter says so by itself. Raises UserError.
+    The second value is the number of rows that embedding and head have more than the checkpoint,
+    because `vocab_size` is larger than its vocabulary.
     """
-    raw = read_json(directory / "config.json")
-    config = DecoderConfig.from_hf(raw, str(directory / "config.json"))
+    where = str(directory / "config.json")
+    config = DecoderConfig.from_hf(hf_config, where)
     if config.unknown_keys:
-        dist.log(f"{directory / 'config.json'}: ignored keys: {', '.join(config.unknown_keys)}")
-    compute = compute_dtype(dtype, raw, device)
-    adapter = None
-    if lora is not None and lora.init_from is not None:
-        source = resolve(lora.init_from)
-        lora, adapter, _ = read_adapter(source)
-        vocab_size = max([vocab_size, *(len(t) for name, t in adapter.items() if name.endswith(ROWS_PER_TOKEN))])
+        distributed.log(f"{where}: ignored keys: {', '.join(config.unknown_keys)}")
+
     new_tokens = max(0, vocab_size - config.vocab_size)
     if new_tokens:
         config = replace(config, vocab_size=vocab_size)
-        dist.log(f"{new_tokens} rows more in embedding and head than in the base: {vocab_size} tokens")
-
+        message = f"{new_tokens} rows more in embedding and head than in the base"
+        distributed.log(f"{message}: {vocab_size} tokens")
     with torch.device("meta"):
-        model = CausalLM(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    quantized = quantized_layers(model, raw, directory, bits, double_quant)
-    if quantized:
-        kept = sum(type(m) is nn.Linear for m in model.model.modules())
-        dist.log(f"{len(quantized)} linear layers in {bits} bits" + f", {kept} kept in 16 by the checkpoint" * bool(kept))
-    if lora is not None:
-        inject(model, lora)  # freezes the base
-    model.requires_grad_(full) if lora is None else None
-    if gradient_checkpointing:
-        recompute_blocks(model)
+        return CausalLM(config), new_tokens
 
-    stored, place = torch.float32 if full else compute, WHOLE
-    for path, p in base_parameters(model):
+
+def quantize_base(
+    model: CausalLM, hf_config: dict, directory: Path, bits: int, double_quant: bool
+) -> dict[str, QuantizedLinear]:
+    """Replace the blocks' linear layers by quantized ones, if `bits` is less than 16.
+
+    Args:
+        model: on the meta device.
+        hf_config: the checkpoint's config.json, which says whether it is quantized already.
+        directory: the checkpoint.
+        bits: 16, 8 or 4.
+        double_quant: with 4 bits, quantize the quantization constants too.
+
+    Returns:
+        The new layers by path; their weights are not loaded yet.
+
+    Raises:
+        UserError: the checkpoint is quantized already, in another way.
+    """
+    stored_bits = checkpoint_bits(hf_config, str(directory / "config.json"))
+    if stored_bits not in (16, bits):
+        raise UserError(
+            f"{directory} is quantized to {stored_bits} bits already: "
+            f"set model.bits={stored_bits} (infer.py --bits {stored_bits})"
+        )
+    if bits == 16:
+        return {}
+    from minilora.model.quantization import quantize_linears  # imports bitsandbytes: two seconds
+
+    is_prequantized = stored_bits < 16
+    checkpoint_names = weight_map(directory).keys() if is_prequantized else ()
+    return quantize_linears(model, bits, double_quant, checkpoint_names)
+
+
+def _log_quantized(model: CausalLM, quantized: Mapping[str, QuantizedLinear], bits: int) -> None:
+    """Print how many layers are quantized, and how many a quantized checkpoint leaves as is."""
+    if not quantized:
+        return
+    message = f"{len(quantized)} linear layers in {bits} bits"
+    kept = [module for module in model.model.modules() if type(module) is nn.Linear]
+    if kept:
+        message += f", {len(kept)} kept in 16 by the checkpoint"
+    distributed.log(message)
+
+
+def enable_gradient_checkpointing(model: CausalLM) -> None:
+    """Make each block run again in the backward pass instead of keeping its activations.
+
+    The non-reentrant form works although the first block's input comes from a frozen embedding and
+    needs no gradient.
+    """
+    for block in model.model.layers:
+        block.forward = partial(
+            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+        )
+
+
+def _set_dtypes(model: CausalLM, weight_dtype: torch.dtype) -> None:
+    """Give frozen parameters of the base the dtype `weight_dtype`, and trained ones float32.
+
+    The model is still on the meta device, so this only decides what memory will be needed.
+    Quantized parameters are integers, and stay so.
+    """
+    for path, p in list(base_parameters(model)):
         if p.is_floating_point():
-            assign(model, path, p.detach().to(torch.float32 if p.requires_grad else stored), WHOLE)
-    if run is not None and dist.world_size() > 1:
-        from minilora import parallel  # and with it DTensor, over half a second
+            dtype = torch.float32 if p.requires_grad else weight_dtype
+            # replaces the parameter by one on the meta device again, of the other dtype
+            materialize_parameter(model, path, p.detach().to(dtype), REPLICATED)
 
-        strategy = parallel.choose(run, model, device)
-        place = WHOLE if strategy == "ddp" else parallel.shard(model, strategy, run, compute, device)
 
-    if random_weights:
-        draw_weights(model, device, stored, config.initializer_range, seed, place)
-    else:
-        load_weights(model, directory, device, stored, quantized, place, new_tokens)
-    if lora is not None:
-        init_adapters(model, seed, device, place)
-        if adapter is not None:
-            load_adapter_state(model, adapter, str(source), place)
-    autocast = compute if full and compute != torch.float32 and place is WHOLE else None  # shards are gathered in 16 bits
-    return Built(model, compute, lora, parameters, autocast, place)
+def _distribute(
+    model: CausalLM, config: Config, dtype: torch.dtype, device: torch.device
+) -> Layout:
+    """Shard the model over the processes, if there are several and the settings ask for it."""
+    if distributed.world_size() == 1:
+        return REPLICATED
+    from minilora.sharding import choose_strategy, shard_model  # imports DTensor: half a second
+
+    strategy = choose_strategy(config, model, device)
+    if strategy == "ddp":
+        return REPLICATED
+    return shard_model(model, strategy, config, dtype, device)
+
+
+def _fill_adapters(
+    model: CausalLM,
+    adapter: Adapter | None,
+    seed: int,
+    device: torch.device,
+    layout: Layout,
+) -> None:
+    """Give the adapters memory and values: new ones that depend on the seed alone, or `adapter`'s.
+
+    Args:
+        model: has adapters on the meta device, and its other weights already.
+        adapter: the values; None draws new ones.
+        seed: for new values.
+        device: where the adapters go.
+        layout: how parameters are distributed over processes.
+    """
+    init_adapters(model, seed, device, layout)
+    if adapter is not None:
+        load_adapter_state(model, adapter.tensors, str(adapter.directory), layout)
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
-    """16-bit arithmetic over fp32 weights, or nothing."""
+    """Return a context that computes in `dtype` over float32 weights; None changes nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def recompute_blocks(model: CausalLM) -> None:
-    """Gradient checkpointing: each block runs again in the backward pass instead of keeping its activations.
-
-    Non-reentrant, so it works although the first block's input, from a frozen embedding, needs no gradient.
-    """
-    for block in model.model.layers:
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-
-
 def load(
-    name_or_dir: str, adapter: str | None = None, dtype: str = "auto", bits: int | None = 16,
-    device: str | torch.device | None = None, revision: str | None = None,
-) -> tuple[CausalLM, Tokenizer]:  # fmt: skip
-    """A model ready to use, and its tokenizer.
+    name_or_dir: str,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    bits: int | None = 16,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[CausalLM, Tokenizer]:
+    """Load a model that is ready to use, and its tokenizer. Logits are `model(tokens, lengths)`.
 
-    name_or_dir: hub id, HF directory, or one of our adapter checkpoints, whose base is then found by itself; adapter: a
-    PEFT adapter directory or hub id to put on it; bits: 16, 8 (LLM.int8), 4 (NF4), or None for what the adapter was
-    trained over, or the model is stored in. Logits: `model(tokens, lengths)`. Raises UserError.
+    Args:
+        name_or_dir: a hub id, or a directory in Hugging Face layout. If it is an adapter, such as
+            a checkpoint of a LoRA run, its base is found by the name that the adapter gives it.
+        adapter: directory or hub id of a PEFT adapter to put on the model.
+        dtype: of the arithmetic: bfloat16, float16, float32, or auto: as the adapter was trained,
+            or float32 for a model saved in float32 and bfloat16 for any other (float16 on a GPU
+            without bfloat16).
+        bits: 16, 8 (LLM.int8), 4 (NF4), or None: as the adapter was trained, or as the model was
+            saved.
+        device: default: the GPU if there is one.
+        revision: branch, tag or commit of the model on the hub.
+
+    Raises:
+        UserError: something cannot be found, read, or put together.
     """
-    directory, adapter = resolve(name_or_dir, revision), str(resolve(adapter)) if adapter else None
-    if (directory / "adapter_config.json").is_file():
+    directory = resolve(name_or_dir, revision)
+    adapter_directory = resolve(adapter) if adapter else None
+    if (directory / CONFIG_FILE).is_file():
         if adapter is not None:
-            raise UserError(f"{name_or_dir} is an adapter itself: name its base as the model, or leave out adapter={adapter!r}")
-        adapter = str(directory)
-        directory = resolve(*base_of(read_json(directory / "adapter_config.json"), adapter))
-    lora = LoraConfig(init_from=adapter) if adapter else None
-    trained = trained_over(Path(adapter)) if adapter else None
+            raise UserError(
+                f"{name_or_dir} is an adapter itself: give its base as the model, "
+                f"or leave out adapter={adapter!r}"
+            )
+        adapter_directory = directory
+        adapter_config = read_json(adapter_directory / CONFIG_FILE)
+        base_name, base_revision = base_model_name(adapter_config, str(adapter_directory))
+        directory = resolve(base_name, base_revision)
+
+    trained = None if adapter_directory is None else read_model_config(adapter_directory)
+    double_quant = True
+    if trained is not None:
+        double_quant = trained.double_quant
+        if dtype == "auto":
+            dtype = trained.dtype
+        if bits is None:
+            bits = trained.bits
     if bits is None:
-        bits = trained.bits if trained else stored_bits(read_json(directory / "config.json"), str(directory))
-    double_quant = trained.double_quant if trained else True
-    if trained and dtype == "auto":
-        dtype = trained.dtype
-    where = torch.device(device) if device else dist.default_device()
-    built = build_model(directory, where, dtype, lora, bits=bits, double_quant=double_quant)
-    has_tokenizer = adapter and any((Path(adapter) / f).is_file() for f in ("tokenizer.json", "tokenizer.model"))
-    for p in (built.model.model.embed_tokens.weight, built.model.head_weight):  # masters, where the adapter trained them
-        p.data = p.data.to(built.dtype)
-    return built.model.eval().requires_grad_(False), Tokenizer(Path(adapter) if has_tokenizer and adapter else directory)
+        where = str(directory)
+        bits = checkpoint_bits(read_json(directory / "config.json"), where)
+
+    target = torch.device(device) if device else distributed.default_device()
+    loaded = build_for_inference(directory, target, dtype, bits, double_quant, adapter_directory)
+    # embedding and head (one matrix if tied) are float32 where the adapter brings them
+    for p in (loaded.model.model.embed_tokens.weight, loaded.model.head_weight):
+        p.data = p.data.to(loaded.dtype)
+    return loaded.model, Tokenizer(_tokenizer_directory(directory, adapter_directory))
+
+
+def _tokenizer_directory(model: Path, adapter: Path | None) -> Path:
+    """Return where the tokenizer is: beside the adapter, if there are any of its files there."""
+    files = ("tokenizer.json", "tokenizer.model")
+    if adapter is not None and any((adapter / file).is_file() for file in files):
+        return adapter
+    return model

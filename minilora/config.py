@@ -1,62 +1,77 @@
-"""The run's configuration: every setting with its explanation, which is its `--help` (running/settings.py reads them)."""
+"""Every setting of a run, its default, and its explanation, which is its `--help`.
 
-import difflib
-import typing
+A config file holds `config = Config(...)` with what differs from the defaults here; command-line
+flags such as `--train.learning_rate 1e-4` replace single values. `cli.py` reads and checks both.
+"""
+
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 
-class UserError(Exception):
-    """The user's input is wrong. The scripts print its text without a traceback and exit with code 2."""
-
-
-class RunError(Exception):
-    """A run cannot go on, through no error of its input. Printed without a traceback, exit code 1."""
-
-
 @dataclass(slots=True)
 class ModelConfig:
+    """The base model: which one, and how its weights are held."""
+
     name: str = "mistralai/Mistral-7B-Instruct-v0.2"
-    """Hub id, or a directory in Hugging Face layout (config.json, *.safetensors, tokenizer files)."""
+    """Hub id, or a directory in Hugging Face layout (config.json, *.safetensors, tokenizer
+    files)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute dtype. auto: what the checkpoint was saved in (bfloat16 in place of float16 where the device has it)."""
+    """Compute dtype. auto: the checkpoint's own (bfloat16 in place of float16 where the device has
+    it)."""
     bits: Literal[16, 8, 4] = 16
     """Width of the frozen base weights: 16 (as saved), 8 (LLM.int8) or 4 (NF4)."""
     double_quant: bool = True
-    """With bits=4: quantise the quantisation constants too."""
+    """With bits=4: quantize the quantization constants too."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """random: only config.json and a tokenizer are needed, weights are drawn from the seed."""
+    """random: only config.json and a tokenizer are needed; weights are drawn from the seed."""
 
 
 @dataclass(slots=True)
 class LoraConfig:
+    """The adapters (LoRA, arXiv 2106.09685)."""
+
     rank: int = 32
-    """Rank R of the update B @ A (LoRA, arXiv 2106.09685)."""
+    """Rank R of the update B @ A."""
     alpha: float = 16
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in training only."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     """Linear layers that get an adapter, by name or dotted suffix. Each must match something."""
     rslora: bool = False
-    """Rank-stabilised scaling, alpha / sqrt(rank) (arXiv 2312.03732)."""
+    """Rank-stabilized scaling, alpha / sqrt(rank) (arXiv 2312.03732)."""
     train_embeddings: bool = False
-    """Train embedding and head whole beside the adapters (PEFT's modules_to_save): for tokens that the base never learnt."""
+    """Train the whole embedding and head beside the adapters (PEFT's modules_to_save): for tokens
+    that the base has never learnt."""
     init_from: str | None = None
-    """Start from this PEFT adapter (directory or hub id); its rank, alpha and targets replace the ones here."""
+    """Start from this PEFT adapter (directory or hub id); its rank, alpha and targets replace the
+    ones here."""
 
 
 @dataclass(slots=True)
 class DataConfig:
+    """The rows to train on and how a row becomes text."""
+
     train_file: str | tuple[str, ...] = ""
-    """What to train on: .jsonl, .json, .csv, .tsv (each also .gz) or .parquet, or a dataset of the hub,
-    owner/name[@revision][:split or glob]; one or several."""
+    """What to train on: .jsonl, .json, .csv, .tsv (each also .gz) or .parquet, or a dataset of the
+    hub, owner/name[@revision][:split or glob]; one or several."""
     train_weights: tuple[float, ...] = ()
-    """How often an epoch goes through each file of train_file: 2 is twice, 0.5 a half drawn with the seed (default: once)."""
+    """How often an epoch uses each file of train_file: 2 is twice, 0.5 a half drawn with the seed
+    (default: once)."""
     eval_file: str | None = None
-    """One of the same kinds, for the out-of-domain evaluation (in-domain is drawn from train_file)."""
+    """One of the same kinds, for the out-of-domain evaluation (in-domain is drawn from
+    train_file)."""
     train_size: int | None = None
     """Train on this many rows, drawn with the seed (default: all)."""
     eval_size: int = 1024
@@ -64,8 +79,9 @@ class DataConfig:
     eval_first: bool = False
     """Evaluate on the first eval_size rows of a file instead."""
     format: Literal["paths", "prompt", "messages", "text"] = "paths"
-    """What a row holds. paths: title, abstract, paths. prompt: columns for the two templates below. messages: chat turns
-    (role, content, optional train). text: text, supervised after response_marker, or everywhere without one."""
+    """What a row holds. paths: title, abstract, paths. prompt: columns for the two templates below.
+    messages: chat turns (role, content, optional train). text: text, supervised after
+    response_marker, or everywhere without one."""
     prompt_template: str = "{prompt}"
     """format=prompt: the prompt, a str.format template over the row's columns."""
     response_template: str = "{completion}"
@@ -75,37 +91,49 @@ class DataConfig:
     chat: bool = True
     """Wrap prompt and response in a chat template (formats paths and prompt)."""
     chat_template: str | None = None
-    """"mistral" (the built-in [INST] form) or a jinja file; default: the model's own, else the built-in form."""
+    """"mistral" (the built-in [INST] form) or a jinja file; default: the model's own, else the
+    built-in form."""
     edge_dropping: bool = True
     """format=paths: drop labels of over-frequent edges while training (OLLM, arXiv 2410.23584)."""
     max_seq_length: int = 2048
     """Longest document in tokens; see too_long."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
-    """A longer document is dropped, has its prompt shortened (its response never), or stops the run."""
+    """A longer document is dropped, has its prompt shortened (never its response), or stops the
+    run."""
     shuffle: bool = True
-    """A new order each epoch, a function of (seed, epoch) alone."""
+    """Use a new order in each epoch, which depends on (seed, epoch) alone."""
     add_tokens: tuple[str, ...] = ()
-    """Special tokens that the tokenizer gets in addition. The model's rows for them are spare ones, or new ones (the mean of
-    the others), so lora.train_embeddings or method='full' is needed. Tokens that are there are simply used in the text."""
+    """Special tokens to add to the tokenizer. Their rows in the model are spare ones, or new ones
+    (the mean of the others), so lora.train_embeddings or method='full' is needed. Leave out tokens
+    that the tokenizer has: use them in the text."""
     strict: bool = False
     """Stop on the first row that would be dropped instead of counting it."""
     num_workers: int = 4
-    """Processes that tokenise; the result does not depend on it."""
+    """Processes that tokenize; the result does not depend on their number."""
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        """The names in `train_file`, as a tuple also where it is one string."""
+        return (self.train_file,) if isinstance(self.train_file, str) else self.train_file
 
 
 @dataclass(slots=True)
 class TrainConfig:
+    """The optimizer, its schedule, and when to log, save and stop."""
+
     epochs: float = 2.0
     """Passes over the training rows."""
     max_steps: int | None = None
     """Stop after this many optimizer steps instead."""
     batch_size: int = 16
-    """Documents per device and micro-step."""
+    """Documents per device and micro-batch."""
     grad_acc_steps: int = 1
-    """Micro-steps per optimizer step."""
+    """Micro-batches per optimizer step."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
-    lr_scheduler: Literal["constant_with_warmup", "constant", "cosine", "linear"] = "constant_with_warmup"
+    lr_scheduler: Literal["constant_with_warmup", "constant", "cosine", "linear"] = (
+        "constant_with_warmup"
+    )
     """Shape after warmup, as transformers defines it ("constant" has no warmup)."""
     warmup_steps: int = 100
     """Optimizer steps of linear warmup from 0."""
@@ -120,33 +148,37 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """The 8-bit and paged forms come from bitsandbytes."""
     group_by_length: bool = True
-    """Put documents of similar length into one step: steadier memory and step time."""
+    """Put documents of similar length into one step: memory and step time vary less."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass instead of keeping its activations."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the trained weights, e.g. 0.999; it is what is evaluated and saved. In the first
-    steps the decay is (1 + step) / (10 + step) where that is less."""
-    compile: bool = False
-    """torch.compile each block."""
+    """Keep an exponential moving average of the trained weights, e.g. 0.999; the average is
+    evaluated and saved. In the first steps the decay is (1 + step) / (10 + step) where that is
+    less."""
     logging_steps: int = 50
-    """Log a line of metrics every so many optimizer steps."""
+    """Log a line of metrics every N optimizer steps."""
     save_steps: int | Literal["epoch"] | None = None
-    """Save a checkpoint every so many optimizer steps, or at each epoch's end (default: eval.eval_steps)."""
+    """Save a checkpoint every N optimizer steps, or at each epoch's end (default:
+    eval.eval_steps)."""
     save_total_limit: int | None = None
-    """Keep only the newest so many step checkpoints (default: all)."""
+    """Keep only the newest N step checkpoints (default: all)."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint in output_dir; never; or a checkpoint directory."""
+    """auto: continue from the newest complete checkpoint in output_dir; never; or a checkpoint
+    directory."""
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row without a better metric_for_best_model."""
+    """Stop after N evaluations in a row without a better metric_for_best_model."""
     metric_for_best_model: str | None = None
-    """Keep the checkpoint that is best by this figure of the evaluations too: loss, ppl, a metric of eval.metrics as it is
-    logged (rougeL), or in_domain/loss (default: none is kept; loss with early_stopping_patience)."""
+    """Also keep the checkpoint that is best by this figure of the evaluations: loss, ppl, a metric
+    of eval.metrics as it is logged (rougeL), or in_domain/loss (default: none; loss with
+    early_stopping_patience)."""
 
 
 @dataclass(slots=True)
 class EvalConfig:
+    """When to evaluate, and how to generate sample answers."""
+
     eval_steps: int | Literal["epoch"] = 500
-    """Evaluate every so many optimizer steps, or at each epoch's end; and once at the end."""
+    """Evaluate every N optimizer steps, or at each epoch's end; and once at the end."""
     eval_on_start: bool = False
     """Evaluate before the first step too."""
     batch_size: int = 32
@@ -160,13 +192,17 @@ class EvalConfig:
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
     metrics: tuple[str, ...] = ()
-    """Of the num_generate_samples answers: exact_match, bleu, chrf, rouge, meteor, edit_distance, numeric, graph."""
+    """Of the num_generate_samples answers: exact_match, bleu, chrf, rouge, meteor, edit_distance,
+    numeric, graph."""
 
 
 @dataclass(slots=True)
 class ParallelConfig:
+    """How several processes share the work."""
+
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """How several processes share the work; with one process it changes nothing."""
+    """ddp: every process holds the model. fsdp: each holds a part of every matrix. hsdp: fsdp
+    inside groups. auto: ddp if the model fits. With one process it changes nothing."""
     shard_size: int | None = None
     """hsdp: ranks per sharding group."""
     cpu_offload: bool = False
@@ -175,6 +211,8 @@ class ParallelConfig:
 
 @dataclass(slots=True)
 class LogConfig:
+    """Trackers beside metrics.jsonl, which is always written."""
+
     tensorboard: bool = True
     """Write TensorBoard events to OUT/runs (when tensorboard is installed)."""
     wandb: bool = False
@@ -187,6 +225,8 @@ class LogConfig:
 
 @dataclass(slots=True)
 class HubConfig:
+    """Uploading checkpoints to the Hugging Face hub."""
+
     push: bool = False
     """Upload each checkpoint to the hub."""
     repo_id: str | None = None
@@ -197,10 +237,12 @@ class HubConfig:
 
 @dataclass(slots=True)
 class Config:
+    """All settings of a run."""
+
     output_dir: str = "out"
     """Everything a run writes goes here."""
     seed: int = 0
-    """Order, label draws, dropout and initialisation are functions of it."""
+    """Order, label draws, dropout and initialization are functions of it."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA)."""
     method: Literal["lora", "full"] = "lora"
@@ -214,12 +256,27 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     preview: int = 0
-    """Show the first N tokenised examples with their masks, write preview.jsonl, and stop."""
-    plan: bool = False
-    """Estimate memory and time, and stop."""
+    """Show the first N tokenized examples with their masks, write preview.jsonl, and stop."""
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known name, or an empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+def config_fields(config: object) -> list[tuple[str, object]]:
+    """List the (name, value) pairs of a config dataclass, in the order of its definition."""
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return [(name, getattr(config, name)) for name in names]
+
+
+def flatten_config(config: object, prefix: str = "") -> dict[str, object]:
+    """Return {"section.field": value} for every field of a config, in order.
+
+    Args:
+        config: a config dataclass, or the same as a nested dict (as config.json holds it).
+        prefix: put before every name.
+    """
+    flat: dict[str, object] = {}
+    pairs = config.items() if isinstance(config, dict) else config_fields(config)
+    for name, value in pairs:
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            flat.update(flatten_config(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Models, adapters and training state in files: reading, writing, resuming."""

@@ -1,0 +1,1 @@
+"""From files of rows to packed batches of token ids with labels."""

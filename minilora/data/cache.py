@@ -1,0 +1,141 @@
+"""Keep tokenized files on disk: the same files, tokenizer and settings are tokenized once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from minilora import distributed
+from minilora.config import DataConfig
+from minilora.data.dataset import Counts, Documents
+from minilora.data.sources import FilesByName, data_files
+from minilora.data.tokenize import format_counts, tokenize_files
+from minilora.data.tokenizer import Tokenizer
+from minilora.errors import UserError
+
+# settings on which tokenized files do not depend: they pick among the tokenized rows, or say how to
+# work. The names of the files are hashed apart
+SETTINGS_NOT_IN_KEY = (
+    "train_file",
+    "train_weights",
+    "eval_file",
+    "train_size",
+    "eval_size",
+    "eval_first",
+    "shuffle",
+    "strict",
+    "num_workers",
+)
+
+
+def load_documents(
+    names: str | Sequence[str], data: DataConfig, tokenizer: Tokenizer, setting: str
+) -> Documents:
+    """Tokenize the files of a setting, or take them from the cache, and log what became of them.
+
+    Of several processes on one machine, the one that is there first does the work, whatever its
+    rank; the others wait and read it from the cache.
+
+    Args:
+        names: what the setting holds; see `sources.data_files`.
+        data: settings of the rows.
+        tokenizer: the tokenizer, with its chat template.
+        setting: "train_file" or "eval_file".
+
+    Raises:
+        UserError: a file cannot be read, no row is left to train on, or data.strict is set and a
+            row would be dropped.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    # found once, for the key and for tokenizing: for a dataset this asks the hub
+    files = {name: data_files(name, setting) for name in names}
+    cached = cache_directory() / f"{_cache_key(files, data, tokenizer)}.safetensors"
+    with filelock.FileLock(f"{cached}.lock"):
+        documents = _read_cached(cached)
+        if documents is None:
+            documents = tokenize_files(files, data, tokenizer, setting)
+            _write_cached(documents, cached)
+
+    distributed.log(format_counts(documents.counts))
+    _check_usable(documents, names, data.strict, setting)
+    return documents
+
+
+def cache_directory() -> Path:
+    """Return the directory that keeps tokenized files; make it if it does not exist.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+        reason = "it is not writable"
+    except OSError as error:
+        reason = str(error)
+    raise UserError(
+        f"the cache {directory} cannot be used ({reason}): "
+        "set XDG_CACHE_HOME to a directory that can be written"
+    )
+
+
+def _check_usable(documents: Documents, names: tuple[str, ...], strict: bool, setting: str) -> None:
+    """Raise UserError if no row can be used, or, with data.strict, if any row was dropped."""
+    messages = [message for dropped in documents.counts.dropped.values() for message in dropped]
+    if strict and messages:
+        raise UserError(f"data.strict: {messages[0]}")
+    if len(documents) == 0:
+        example = messages[0] if messages else f"{names[0]} is empty"
+        raise UserError(f"data.{setting}: no row of {', '.join(names)} can be used, e.g. {example}")
+
+
+def _cache_key(files: FilesByName, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """Hash everything that the documents depend on.
+
+    That is the settings, the files and their names (which are in the messages), the tokenizer's
+    files, and the code of this folder.
+    """
+    settings = {k: v for k, v in asdict(data).items() if k not in SETTINGS_NOT_IN_KEY}
+    file_names = list(files)
+    values = json.dumps([settings, file_names, tokenizer.chat_template], sort_keys=True)
+    sha = hashlib.sha256(values.encode())
+
+    paths = [file.path for files_of_name in files.values() for file in files_of_name]
+    paths += sorted(Path(__file__).parent.glob("*.py"))
+    # tokenizer.json or .model, tokenizer_config.json, special_tokens_map.json, added_tokens.json
+    paths += sorted(path for path in tokenizer.directory.glob("*token*") if path.is_file())
+    for path in paths:
+        with open(path, "rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:32]
+
+
+def _write_cached(documents: Documents, path: Path) -> None:
+    """Write documents to the cache. The caller holds the lock, so no other process writes them."""
+    arrays = {
+        name: value for name, value in vars(documents).items() if isinstance(value, np.ndarray)
+    }
+    metadata = {"counts": json.dumps(asdict(documents.counts))}
+    temporary = path.with_suffix(".tmp")
+    safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def _read_cached(path: Path) -> Documents | None:
+    """Read documents from the cache; None if they are not there or cannot be read."""
+    try:
+        with safetensors.safe_open(str(path), "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            counts = Counts(**json.loads(file.metadata()["counts"]))
+            return Documents(**arrays, counts=counts)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None

@@ -1,0 +1,206 @@
+"""Scoring of the finished answers in a job's output: metrics, category graph, judge.
+
+The output's rows have the columns of the input, which hold the reference, and the answer under
+"generated". Figures are printed, and written beside the output.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minilora import distributed
+from minilora.config import DataConfig
+from minilora.data.example import string_of
+from minilora.data.prompts import question_of_row, reference_of_row, references_of
+from minilora.data.sources import data_files
+from minilora.data.tokenize import format_counts, tokenize_files
+from minilora.data.tokenizer import Tokenizer
+from minilora.errors import UserError
+from minilora.evaluation import ontology
+from minilora.evaluation.judge import JudgeEndpoint, judge
+from minilora.evaluation.ontology import Figures, Thresholds
+from minilora.evaluation.perplexity import loss_and_ppl, loss_sums
+from minilora.evaluation.rubric import Rubric
+from minilora.evaluation.text import format_table, score
+from minilora.generation.answering import TextGenerator
+from minilora.generation.jobs import Row, read_rows
+from minilora.hub import resolve
+
+MODEL_METRICS = ("loss", "ppl")
+"""Metrics that need the model: they are computed from the references, not from the answers."""
+
+REFERENCE_METRICS = ("numeric", "graph")
+"""Metrics that cannot read every reference: it must hold a number, or category paths."""
+
+
+def check_references(
+    path: str, rows: Sequence[Row], data: DataConfig, metrics: Iterable[str]
+) -> None:
+    """Check that the metrics can read every row's reference, before anything is generated.
+
+    Args:
+        path: the input file's name, for messages.
+        rows: its rows.
+        data: the format of the rows.
+        metrics: names of metrics.
+
+    Raises:
+        UserError: a row has no reference, or one that a metric cannot read.
+    """
+    references = references_of(path, rows, data)
+    score([name for name in metrics if name in REFERENCE_METRICS], references, references)
+
+
+def find_tokenizer(model: str, adapter: str | None, revision: str | None) -> Tokenizer | None:
+    """Read the tokenizer beside an adapter, or else beside a model, if there is one.
+
+    Args:
+        model: directory or hub id.
+        adapter: directory or hub id.
+        revision: of the model on the hub.
+    """
+    directories = [resolve(adapter)] if adapter else []
+    directories.append(resolve(model, revision))
+    for directory in directories:
+        if any(directory.glob("tokenizer.[jm]*")):  # tokenizer.json or tokenizer.model
+            return Tokenizer(directory)
+    return None
+
+
+def visible_references(
+    answers: Sequence[dict], data: DataConfig, tokenizer: Tokenizer | None
+) -> list[str]:
+    """Return the reference of each answer without special tokens, which answers do not have.
+
+    Args:
+        answers: rows of the output.
+        data: the format of the rows.
+        tokenizer: decoded the answers; None: there are no special tokens.
+    """
+    hidden: list[str] = []  # the tokens that decoding leaves out
+    if tokenizer is not None:
+        tokens = tokenizer.specials.keys() - tokenizer.backend.plain_added_tokens
+        # longest first, because a token may be part of another one
+        hidden = sorted(tokens, key=len, reverse=True)
+    references = []
+    for row in answers:
+        reference = reference_of_row(row, data)
+        for token in hidden:
+            reference = reference.replace(token, "")
+        references.append(reference)
+    return references
+
+
+def text_figures(answers: Sequence[dict], references: list[str], metrics: Iterable[str]) -> Figures:
+    """Compute "answers", their number, and the figures of all metrics of texts except "graph"."""
+    texts = [row["generated"] for row in answers]
+    names = [name for name in metrics if name != "graph"]
+    return {"answers": len(answers), **score(names, texts, references)}
+
+
+def model_figures(generator: TextGenerator, source: str, metrics: Iterable[str]) -> Figures:
+    """Compute loss and perplexity of an input file's references under the model.
+
+    Args:
+        generator: the model.
+        source: the input file.
+        metrics: which of "loss" and "ppl" are wanted.
+
+    Returns:
+        The figures, and "loss/rows", the number of rows that they are computed over.
+
+    Raises:
+        UserError: no row can be used.
+    """
+    files = {source: data_files(source, "input")}
+    documents = tokenize_files(files, generator.data, generator.tokenizer, "input")
+    distributed.log(format_counts(documents.counts))
+    if len(documents) == 0:
+        raise UserError(f"--metrics loss: no row of {source} is left to compute it over")
+
+    by_length = np.argsort(documents.lengths, kind="stable")
+    starts = range(0, len(documents), generator.batch_size)
+    batches = [by_length[start : start + generator.batch_size] for start in starts]
+    model = generator.model
+    found = loss_and_ppl(loss_sums(model, documents, batches, model.head_weight.device))
+
+    figures: Figures = {name: value for name, value in found.items() if name in metrics}
+    figures["loss/rows"] = len(documents)
+    return figures
+
+
+def graph_figures(
+    answers: Sequence[dict],
+    references: list[str],
+    thresholds: Thresholds | None,
+    graph_file: Path,
+) -> Figures:
+    """Compare the answers' graph of category paths with the references', and write the former.
+
+    Args:
+        answers: rows of the output.
+        references: the reference of each.
+        thresholds: prune the answers' graph with these; None: do not prune it.
+        graph_file: where to write the answers' graph.
+    """
+    texts = [row["generated"] for row in answers]
+    figures, graph = ontology.score(texts, references, thresholds)
+    ontology.write_graph(graph, graph_file)
+    return {f"graph/{key}": value for key, value in figures.items()}
+
+
+def find_thresholds(path: str, data: DataConfig) -> Thresholds:
+    """Find the pruning thresholds that are best for the answers to an evaluation set.
+
+    Args:
+        path: an output with these answers.
+        data: the format of its rows.
+
+    Raises:
+        UserError: a row has no answer or no reference; the message names file, line and column.
+    """
+    rows = read_rows(path)
+    references = references_of(path, rows, data)
+    answers = references_of(
+        path, rows, data, read_reference=lambda row, _: string_of(row, "generated")
+    )
+    thresholds, f1 = ontology.search_thresholds(
+        ontology.build_graph(answers), ontology.build_graph(references)
+    )
+    distributed.log(f"pruning: {thresholds}, edge F1 {f1:.4f} on {path}")
+    return thresholds
+
+
+def report_figures(figures: Figures, output: Path) -> None:
+    """Print figures, and write them beside the output, to NAME.metrics.json."""
+    print(format_table(figures))
+    _write_json(figures, output.with_name(output.stem + ".metrics.json"))
+
+
+def judge_answers(output: Path, endpoint: JudgeEndpoint, rubric: Rubric, data: DataConfig) -> None:
+    """Judge the answers of an output; print the summary and write it to NAME.judge.json.
+
+    Args:
+        output: the answers. The verdicts are written beside it, to NAME.judge.jsonl.
+        endpoint: the judge.
+        rubric: the criteria.
+        data: the format of the rows.
+
+    Raises:
+        UserError, RunError: see `judge`.
+    """
+    verdicts = output.with_name(output.stem + ".judge.jsonl")
+    summary = judge(output, verdicts, endpoint, rubric, lambda row: question_of_row(row, data))
+    print(summary.table())
+
+    # a single answer has no standard deviation: NaN, which is not JSON, becomes null
+    text = json.dumps(summary._asdict())
+    plain = json.loads(text, parse_constant=lambda constant: None)
+    _write_json(plain, output.with_name(output.stem + ".judge.json"))
+
+
+def _write_json(value: object, path: Path) -> None:
+    """Write a JSON file that is easy to read."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

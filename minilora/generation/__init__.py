@@ -1,0 +1,1 @@
+"""Decoding: sampling, the key/value cache, continuous batching, resumable jobs."""

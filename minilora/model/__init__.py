@@ -1,0 +1,1 @@
+"""The decoder and what is attached to it: adapters, quantization, the loss."""

@@ -1,1 +1,0 @@
-"""What the scripts need around a run: its settings from file and flags, and its tokenised data from a cache."""

@@ -1,0 +1,135 @@
+"""Which documents each optimizer step trains on, divided into micro-batches and processes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora import distributed
+from minilora.config import Config
+from minilora.data.dataset import LabelDraw, step_order
+from minilora.training.datasets import TrainingData
+
+
+@dataclass
+class MicroBatch:
+    """The documents of one forward and backward pass, laid end to end, T tokens in all.
+
+    Attributes:
+        tokens: int64 [T], on the device that trains.
+        lengths: the documents' lengths, which sum to T.
+        labels: int64 [T], on the CPU; a token's own id, or -100 where there is nothing to learn.
+        num_supervised: how many labels are not -100.
+        num_tokens: T, or 0 for a placeholder (see `rank_micro_batches`).
+        is_last: whether it is this process's last one of the optimizer step.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    labels: Tensor
+    num_supervised: int
+    num_tokens: int
+    is_last: bool
+
+
+class TrainingBatches:
+    """The documents of every optimizer step of a run.
+
+    A step takes `docs_per_step` documents, those of all processes and micro-batches together; the
+    last step of an epoch takes what is left. They depend on the data, the settings and the step
+    alone, not on earlier steps, so a resumed run goes on as if it had not been stopped.
+    """
+
+    def __init__(self, data: TrainingData, config: Config):
+        train = config.train
+        self.data = data
+        self.config = config
+
+        self.docs_per_step = train.batch_size * train.grad_acc_steps * distributed.world_size()
+        self.steps_per_epoch = math.ceil(len(data.train_indices) / self.docs_per_step)
+        self.total_steps = train.max_steps or math.ceil(train.epochs * self.steps_per_epoch)
+
+        # the order of documents in the epoch that was asked for last
+        self._epoch: int | None = None
+        self._epoch_indices = np.empty(0, dtype=np.int64)
+
+    def of_step(self, step: int, shard_count: int, device: torch.device) -> Iterator[MicroBatch]:
+        """Yield this process's micro-batches of an optimizer step, each made when its turn comes.
+
+        Args:
+            step: the optimizer step, counted from 0.
+            shard_count: how many processes hold one copy of the model between them. If there are
+                several, each gets the same number of micro-batches (see `rank_micro_batches`).
+            device: where the model computes.
+        """
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self.docs_per_step
+        docs = self._indices_of_epoch(epoch)[start : start + self.docs_per_step]
+
+        micro_batches = rank_micro_batches(docs, self.config.train.batch_size, shard_count)
+        for i, indices in enumerate(micro_batches):
+            batch = self.data.documents.batch(indices, draw=LabelDraw(self.config.seed, epoch))
+            yield MicroBatch(
+                tokens=batch.tokens.to(device, non_blocking=True),
+                lengths=batch.lengths,
+                labels=batch.labels,
+                num_supervised=batch.num_supervised,
+                num_tokens=len(batch.tokens) if len(indices) else 0,
+                is_last=i + 1 == len(micro_batches),
+            )
+
+    def is_due(self, every: int | str, steps_done: int) -> bool:
+        """Return whether something that happens every N steps happens after `steps_done` steps.
+
+        Args:
+            every: a number of steps, or "epoch" for the end of each epoch. After the last step of
+                the run everything is due.
+            steps_done: optimizer steps done, so 1 after the first.
+        """
+        interval = self.steps_per_epoch if every == "epoch" else int(every)
+        return steps_done == self.total_steps or steps_done % interval == 0
+
+    def _indices_of_epoch(self, epoch: int) -> np.ndarray:
+        """Return the order in which an epoch goes through the documents."""
+        if epoch != self._epoch:
+            indices = self.data.train_indices
+            order = step_order(
+                self.data.documents.lengths[indices],
+                self.docs_per_step,
+                self.config.seed,
+                epoch,
+                self.config.data.shuffle,
+                self.config.train.group_by_length,
+            )
+            self._epoch, self._epoch_indices = epoch, indices[order]
+        return self._epoch_indices
+
+
+def rank_micro_batches(docs: np.ndarray, batch_size: int, shard_count: int) -> list[np.ndarray]:
+    """Divide documents into micro-batches and return this process's share of them.
+
+    Process r of n takes micro-batch r and every n-th after it. Processes that hold shards of one
+    model must run the same number of passes, so there a process whose documents are used up gets
+    an empty micro-batch, for which `Documents.batch` makes a placeholder without labels.
+
+    Args:
+        docs: indices of the documents of all processes.
+        batch_size: documents of a micro-batch; the last one may have fewer.
+        shard_count: how many processes hold one copy of the model between them.
+    """
+    starts = range(0, len(docs), batch_size)
+    micro_batches = [docs[start : start + batch_size] for start in starts]
+    if shard_count > 1:
+        no_documents = docs[:0]
+        while len(micro_batches) % distributed.world_size() != 0:
+            micro_batches.append(no_documents)
+    return micro_batches[distributed.rank() :: distributed.world_size()]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return a seed for what torch draws in an optimizer step (dropout) on this process."""
+    sequence = np.random.SeedSequence([seed, step, distributed.rank()])
+    return int(sequence.generate_state(1)[0])
