@@ -6,16 +6,18 @@ SCRIPTS := $(wildcard train.py merge.py infer.py)
 DEMO := out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-fast lint pictures clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    install, train configs/tiny.py on the CPU, merge the adapter, answer questions with the result"
-	@echo "make test    install, lint, run all tests (.ci/run does the same)"
-	@echo "make lint    ruff check, ruff format --check, mypy"
-	@echo "make clean   remove $(VENV), $(DEMO) and all caches"
-	@echo "PYTHON=python3.12 chooses the interpreter (>= 3.11); pip's own variables work too: the CPU build of torch alone"
-	@echo "is a smaller download, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test"
+	@echo "make demo       install, train configs/tiny.py on the CPU, merge the adapter, answer questions with the result"
+	@echo "make test       install, lint, run all tests (.ci/run does the same)"
+	@echo "make test-fast  the tests that make no whole run and start no process: two minutes"
+	@echo "make lint       ruff check, ruff format --check, lint-imports, mypy"
+	@echo "make pictures   draw the README's pictures again (needs Chromium)"
+	@echo "make clean      remove $(VENV), $(DEMO) and all caches"
+	@echo "PYTHON=python3.12 chooses the interpreter (>= 3.11). pip's variables work too: the CPU build of torch is a"
+	@echo "smaller download, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test"
 
 # torch by itself first: it is by far the largest, and a failure to find it should come before the rest is fetched
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,13 +27,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[test,track,eval,judge,parquet]'
 	touch $@
 
-# a file stays on one process, for the models its tests share; in order of names, which leaves no long file for the end
+# One process more than there are cores, because some tests wait; at most 8. A file stays on one
+# process, for the models that its tests share; tests/conftest.py puts the longest files first.
+TEST_PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: $(VENV)/.installed
+	$(PYTEST) -m "not system"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy minilora $(SCRIPTS)
 
 # the paths prompt of an article that no file of examples/ holds
@@ -51,6 +61,9 @@ demo: $(VENV)/.installed
 	@echo "  report.html               all of it to look at: curves, answers, masks, settings"
 	@echo "  samples.jsonl             answers generated during training"
 	@echo "  answers.jsonl             the merged model's answers to examples/wiki/test.jsonl"
+
+pictures: $(VENV)/.installed
+	$(BIN)/python -m docs.make_pictures
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""minilora's LoRA against PEFT's: logits, gradients, merged weights and files."""
+"""LoRA against PEFT's: logits, gradients, merged weights and files."""
 
 import copy
 import json
@@ -14,20 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from minilora.config import LoraConfig, UserError
-from minilora.lora import (
-    LoRALinear,
+from helpers.tiny_models import in_bfloat16, ours, random_tokens, tiny
+from minilora.checkpoint.peft import (
     adapter_state,
     from_peft_config,
-    init_adapters,
-    inject,
     load_adapter_state,
-    lora_layers,
-    merged_weight,
     to_peft_config,
 )
-from minilora.model import CausalLM
-from tiny_models import in_bfloat16, ours, random_tokens, tiny
+from minilora.config import LoraConfig
+from minilora.errors import UserError
+from minilora.model.lora import init_adapters, inject, lora_layers, merged_weight
+from minilora.model.transformer import CausalLM
 
 ATTENTION = ("q_proj", "v_proj")
 ALL = LoraConfig().target_modules
@@ -35,7 +32,7 @@ TOKENS = random_tokens(40)
 
 
 def with_adapters(hf: PreTrainedModel, lora: LoraConfig) -> CausalLM:
-    """minilora's model with the weights of `hf` and random adapters, B included."""
+    """Make minilora's model with the weights of `hf` and random adapters, B included."""
     model = ours(hf)
     inject(model, lora)
     model.eval()
@@ -47,17 +44,25 @@ def with_adapters(hf: PreTrainedModel, lora: LoraConfig) -> CausalLM:
 
 
 def peft_config(lora: LoraConfig, **changes) -> peft.LoraConfig:
+    """Write minilora's settings as PEFT's."""
     settings = {
-        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
-        "target_modules": list(lora.target_modules), "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": list(lora.target_modules),
+        "task_type": "CAUSAL_LM",
+    }
     return peft.LoraConfig(**{**settings, **changes})
 
 
-def with_peft(hf: PreTrainedModel, lora: LoraConfig, state: dict[str, Tensor] | None = None, **changes) -> PeftModel:
-    """PEFT's model over a copy of `hf`, with the adapter `state`, or a random one."""
+def with_peft(
+    hf: PreTrainedModel, lora: LoraConfig, state: dict[str, Tensor] | None = None, **changes
+) -> PeftModel:
+    """Make PEFT's model over a copy of `hf`, with the adapter `state`, or a random one."""
     torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(hf), peft_config(lora, init_lora_weights=False, **changes)).eval()
+    settings = peft_config(lora, init_lora_weights=False, **changes)
+    model = get_peft_model(copy.deepcopy(hf), settings).eval()
     if state is not None:
         assert state.keys() == get_peft_model_state_dict(model).keys()
         set_peft_model_state_dict(model, state)
@@ -65,23 +70,33 @@ def with_peft(hf: PreTrainedModel, lora: LoraConfig, state: dict[str, Tensor] | 
 
 
 def logits_of(model: CausalLM | PreTrainedModel | PeftModel) -> Tensor:
-    return model(TOKENS) if isinstance(model, CausalLM) else model(TOKENS.unsqueeze(0)).logits.squeeze(0)
+    if isinstance(model, CausalLM):
+        return model(TOKENS)
+    return model(TOKENS.unsqueeze(0)).logits.squeeze(0)
 
 
 def backward(model: CausalLM | PeftModel) -> Tensor:
-    """The loss of predicting each next token, backward."""
+    """Run the loss of predicting each next token backward, and return it."""
     loss = F.cross_entropy(logits_of(model).float()[:-1], TOKENS[1:])
     loss.backward()
     return loss.detach()
 
 
 def peft_gradients(model: PeftModel) -> dict[str, Tensor]:
-    return {name.replace(".default.", "."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name.replace(".default.", "."): p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def gradients(model: CausalLM) -> dict[str, Tensor]:
-    """Gradients of whatever is trained, under PEFT's names."""
-    return {f"base_model.model.{name}.weight": p.grad for name, p in model.named_parameters() if p.requires_grad}
+    """Return the gradients of all that is trained, under PEFT's names."""
+    return {
+        f"base_model.model.{name}.weight": p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -112,8 +127,9 @@ def test_fp32_adapters_over_a_bfloat16_base():
     (hf, hf_exact), lora = in_bfloat16("llama3"), LoraConfig(rank=4)
     model = with_adapters(hf, lora)
     theirs, exact = (with_peft(base, lora, adapter_state(model)) for base in (hf, hf_exact))
-    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
-    assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == logits_of(model).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+    assert logits_of(model).dtype == torch.bfloat16
 
     loss, their_loss, exact_loss = (backward(each) for each in (model, theirs, exact))
     torch.testing.assert_close(loss, their_loss, rtol=1e-2, atol=0)  # bf16 keeps 8 bits
@@ -121,8 +137,9 @@ def test_fp32_adapters_over_a_bfloat16_base():
     grads, their_grads, expected = gradients(model), peft_gradients(theirs), peft_gradients(exact)
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
 
-    def error(of: dict[str, Tensor]) -> float:
-        return math.sqrt(sum((of[name] - grad).square().sum().item() for name, grad in expected.items()))
+    def error(actual: dict[str, Tensor]) -> float:
+        squares = [(actual[name] - grad).square().sum().item() for name, grad in expected.items()]
+        return math.sqrt(sum(squares))
 
     assert 0 < error(grads) < 1.5 * error(their_grads)
 
@@ -132,7 +149,8 @@ def test_files_load_in_peft(rslora: bool, tmp_path: Path):
     hf, lora = tiny("qwen2"), LoraConfig(rank=4, alpha=6, rslora=rslora)
     model = with_adapters(hf, lora)
     save_file(adapter_state(model), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(to_peft_config(lora, "some/base", "main")))
+    written = json.dumps(to_peft_config(lora, "some/base", "main"))
+    (tmp_path / "adapter_config.json").write_text(written)
 
     reference = PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path)
     assert_same(logits_of(model), logits_of(reference))
@@ -154,8 +172,8 @@ TARGETS_OF_PEFT = {
 }
 
 
-def read_adapter(directory: Path, hf: PreTrainedModel) -> CausalLM:
-    """An adapter that PEFT saved, in minilora's model."""
+def read_into_our_model(directory: Path, hf: PreTrainedModel) -> CausalLM:
+    """Read an adapter that PEFT saved into minilora's model."""
     raw = json.loads((directory / "adapter_config.json").read_text())
     tensors = load_file(directory / "adapter_model.safetensors")
     model = ours(hf)
@@ -169,7 +187,7 @@ def test_adapters_saved_by_peft_load(targets: list[str] | str, tmp_path: Path):
     hf, lora = tiny("llama3"), LoraConfig(rank=3, alpha=5, rslora=True, dropout=0.1)
     reference = with_peft(hf, lora, target_modules=targets)
     reference.save_pretrained(tmp_path)
-    model = read_adapter(tmp_path, hf)
+    model = read_into_our_model(tmp_path, hf)
     assert (logits_of(reference) - logits_of(hf)).abs().max() > 0.1
     assert_same(logits_of(model), logits_of(reference))
     assert all(layer.dropout.p == 0.1 for _, layer in lora_layers(model))
@@ -178,37 +196,10 @@ def test_adapters_saved_by_peft_load(targets: list[str] | str, tmp_path: Path):
 def test_saved_by_peft_and_written_again_is_the_same(tmp_path: Path):
     hf = tiny("llama3")
     with_peft(hf, LoraConfig(rank=3)).save_pretrained(tmp_path)
-    tensors, state = load_file(tmp_path / "adapter_model.safetensors"), adapter_state(read_adapter(tmp_path, hf))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    state = adapter_state(read_into_our_model(tmp_path, hf))
     assert state.keys() == tensors.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize(
-    "targets, words",
-    [
-        (("q_prj",), ("q_prj", "did you mean 'q_proj'")),
-        (("v_proj", "gate_porj"), ("gate_porj", "did you mean 'gate_proj'")),  # PEFT trains v_proj alone, silently
-        (("gate_porj", "v_proj"), ("gate_porj", "did you mean 'gate_proj'")),
-        (("query_key_value_of_gpt",), ("query_key_value_of_gpt",)),
-        (("proj",), ("proj",)),  # a part of a name is not a name
-        (("self_attn",), ("self_attn", "linear")),
-        (("input_layernorm",), ("input_layernorm", "linear")),
-        (("embed_tokens",), ("embed_tokens", "linear")),
-        (("lm_head",), ("lm_head",)),
-        (("q_proj", "lm_head"), ("lm_head",)),
-    ],
-    ids=str,
-)
-def test_targets_that_cannot_be_trained_are_refused(targets: tuple[str, ...], words: tuple[str, ...], llama: CausalLM):
-    with pytest.raises(UserError) as error:
-        inject(llama, LoraConfig(target_modules=targets))
-    assert all(word in str(error.value) for word in ("lora.target_modules", *words))
-
-
-def test_a_layer_named_twice_is_wrapped_once(llama: CausalLM):
-    inject(llama, LoraConfig(target_modules=("q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj")))
-    assert [path for path, _ in lora_layers(llama)] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
-    assert not any(isinstance(layer.base_layer, LoRALinear) for _, layer in lora_layers(llama))
 
 
 REFUSED = {
@@ -239,38 +230,6 @@ def test_adapters_with_other_arithmetic_are_refused_by_name(field: str):
         from_peft_config({**raw, field: REFUSED[field]}, names, "adapter")
 
 
-def test_an_adapter_of_another_model_is_refused(llama: CausalLM):
-    inject(llama, LoraConfig(rank=4))
-    init_adapters(llama, seed=0)
-    before = copy.deepcopy(adapter_state(llama))
-    name, other = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "base_model.model.x.lora_A.weight"
-    tensors = {key: tensor + 1 for key, tensor in before.items()}
-    cases = [
-        ({key: tensor for key, tensor in tensors.items() if key != name}, name),  # missing
-        ({**tensors, other: torch.zeros(4, 32)}, other),  # extra
-        ({**tensors, name: torch.zeros(5, 32)}, name),  # other shape
-        ({}, "lora_"),
-    ]
-    for case, word in cases:
-        with pytest.raises(UserError, match=f"adapter.*{word}"):
-            load_adapter_state(llama, case, "adapter")
-        assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_state(llama).items()), "changed before refusing"
-
-
-def test_b_of_zero_equals_the_base(hf_llama: PreTrainedModel, llama: CausalLM):
-    base = logits_of(llama)
-    inject(llama, LoraConfig(rank=4, dropout=0.5))
-    init_adapters(llama, seed=0)
-    assert torch.equal(logits_of(llama), base) and torch.equal(logits_of(llama.train()), base)
-
-
-def test_only_adapters_are_trained(llama: CausalLM):
-    inject(llama, LoraConfig(rank=4))
-    trained = {name for name, parameter in llama.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{path}.{ab}" for path, _ in lora_layers(llama) for ab in ("lora_A", "lora_B")}
-    assert len(trained) == 2 * 2 * 7
-
-
 def test_dropout(hf_llama: PreTrainedModel):
     lora = LoraConfig(rank=4, dropout=0.5)
     model = with_adapters(hf_llama, lora)
@@ -278,7 +237,7 @@ def test_dropout(hf_llama: PreTrainedModel):
     assert_same(logits_of(model), logits_of(reference))  # off in eval mode
     trained = []
     for each in (model.train(), reference.train()):
-        torch.manual_seed(0)  # the same draws, in the same order
+        torch.manual_seed(0)  # both draw the same numbers in the same order
         trained.append(logits_of(each))
     assert_same(*trained)
     assert (trained[0] - logits_of(model.eval())).abs().max() > 0.1
@@ -294,45 +253,3 @@ def test_merged_weights(rslora: bool):
         weight = merged_weight(layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
         torch.testing.assert_close(weight, merged.get_submodule(path).weight, rtol=1e-5, atol=1e-6)
     assert_same(logits_of(merged), unmerged)
-
-
-def test_merging_is_in_fp32():
-    generator = torch.Generator().manual_seed(0)
-    weight, a, b = (torch.randn(*shape, generator=generator) for shape in ((24, 16), (3, 16), (24, 3)))
-    merged = merged_weight(weight.to(torch.bfloat16), a, b, 0.5)
-    assert merged.dtype == torch.float32
-    torch.testing.assert_close(merged.double(), weight.to(torch.bfloat16).double() + 0.5 * b.double() @ a.double())
-
-
-def test_initial_adapters_are_a_function_of_the_seed(hf_llama: PreTrainedModel):
-    def initial(seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(torch.initial_seed() + 1)  # the global generator has no say
-        model = ours(hf_llama)
-        inject(model, LoraConfig(rank=16))
-        init_adapters(model, seed)
-        return copy.deepcopy(adapter_state(model))
-
-    first, again, other = initial(3), initial(3), initial(4)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, again[name])
-        if "lora_B" in name:
-            assert not tensor.any()
-        else:
-            bound = 1 / math.sqrt(tensor.shape[1])
-            assert 0.9 * bound < tensor.abs().max() <= bound and abs(tensor.mean()) < 0.1 * bound
-            torch.testing.assert_close(tensor.std().item(), bound / math.sqrt(3), rtol=0.1, atol=0)  # of a uniform
-            assert not torch.equal(tensor, other[name])
-    distinct = {tuple(tensor.flatten()[:8].tolist()) for name, tensor in first.items() if "lora_A" in name}
-    assert len(distinct) == len(first) // 2  # no two layers start alike
-
-
-def test_adapters_injected_on_meta_start_like_any_others(llama: CausalLM):
-    """How a model is built: nothing has memory until its weights arrive."""
-    with torch.device("meta"):
-        empty = CausalLM(llama.config)
-    for model in (empty, llama):
-        inject(model, LoraConfig(rank=4))
-        init_adapters(model, 3, torch.device("cpu"))
-    state, expected = adapter_state(empty), adapter_state(llama)
-    assert state.keys() == expected.keys() and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    assert all(p.requires_grad == name.endswith(("lora_A", "lora_B")) for name, p in empty.named_parameters())

@@ -5,58 +5,79 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_training import reference_run, start_adapter
 
 import train
+from helpers.peft_training import reference_run, save_initial_adapter
+from helpers.tiny_runs import base_model, config, metrics
 from minilora.config import Config
-from tiny_runs import base_model, config, metrics
 
 STEPS = 30
-# whole blocks of 64 in each row: where blocks cross rows, bitsandbytes 0.50 dequantises wrongly on a CPU, so that it and what
-# is built on it are no reference; tests/test_quant.py compares those shapes with the arithmetic written out
+# Sizes with whole blocks of 64 in each row. Where blocks span rows bitsandbytes 0.50 dequantizes
+# wrongly on a CPU, so it is no reference there; tests/model/test_quantization.py compares such
+# shapes with the arithmetic written out.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
-LOADED = {
+QUANTIZATION = {
     4: {
-        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.float32,
     },
     8: {"load_in_8bit": True},
-}  # fmt: skip
+}
 
 
-def quantised_reference(c: Config, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]]:
-    """`reference_run` over a base that transformers has quantised.
+def quantized_reference_run(
+    run: Config, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[float, float, float]]:
+    """Do `reference_run` over a base that transformers has quantized.
 
-    In train mode: in eval mode some CPUs take a kernel that rounds to bfloat16.
+    The base is in train mode: in eval mode some CPUs take a kernel that rounds to bfloat16.
     """
     load = transformers.AutoModelForCausalLM.from_pretrained
-    settings = transformers.BitsAndBytesConfig(**LOADED[c.model.bits])
+    settings = transformers.BitsAndBytesConfig(**QUANTIZATION[run.model.bits])
 
-    def quantised(*args, **options) -> transformers.PreTrainedModel:
+    def load_quantized(*args, **options) -> transformers.PreTrainedModel:
         return load(*args, quantization_config=settings, **options).train()
 
     with monkeypatch.context() as patch:
-        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", quantised)
-        return reference_run(c, adapter)
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_quantized)
+        return reference_run(run, adapter)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", ["mistral_v1", "qwen2"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_thirty_steps_follow_transformers_and_peft(tmp_path, family, accumulation, bits, monkeypatch):
+@pytest.mark.parametrize(
+    ("bits", "family", "accumulation"),
+    [(4, "mistral_v1", 1), (4, "qwen2", 2), (8, "mistral_v1", 2), (8, "qwen2", 1)],
+)
+def test_thirty_steps_follow_transformers_and_peft(
+    tmp_path, bits, family, accumulation, monkeypatch
+):
     base = base_model(tmp_path / "base", family, **SIZES)
-    adapter = start_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8)
-    c = config(
-        tmp_path, base, rows=30, train__max_steps=STEPS, train__grad_acc_steps=accumulation, train__batch_size=4 // accumulation,
-        train__lr_scheduler="cosine", train__learning_rate=5e-3, train__weight_decay=0.01, train__gradient_checkpointing=True,
-        lora__init_from=str(adapter), model__bits=bits,
-    )  # fmt: skip
-    assert train.main(c) == 0
-    ours, reference = metrics(c), quantised_reference(c, adapter, monkeypatch)
-    assert len(ours) == len(reference) == STEPS
-    assert max(abs(o["loss"] - loss) for o, (loss, _, _) in zip(ours, reference, strict=True)) <= 1e-4
-    assert [o["grad_norm"] for o in ours] == pytest.approx([norm for _, norm, _ in reference], rel=1e-3)
-    assert [o["lr"] for o in ours] == pytest.approx([lr for _, _, lr in reference], rel=1e-6)
-    assert ours[-1]["loss"] < 0.8 * ours[0]["loss"], "the run learns, or following it would show little"
-    plain = reference_run(c, adapter)
-    assert max(abs(q - p) for (q, _, _), (p, _, _) in zip(reference, plain, strict=True)) > 1e-2, "quantising shows"
+    adapter = save_initial_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8)
+    run = config(
+        tmp_path,
+        base,
+        rows=30,
+        train__max_steps=STEPS,
+        train__grad_acc_steps=accumulation,
+        train__batch_size=4 // accumulation,
+        train__lr_scheduler="cosine",
+        train__learning_rate=5e-3,
+        train__weight_decay=0.01,
+        train__gradient_checkpointing=True,
+        lora__init_from=str(adapter),
+        model__bits=bits,
+    )
+    assert train.main(run) == 0
+
+    ours = metrics(run)
+    losses, norms, rates = zip(*quantized_reference_run(run, adapter, monkeypatch), strict=True)
+    assert len(ours) == len(losses) == STEPS
+    assert [row["loss"] for row in ours] == pytest.approx(losses, rel=0, abs=1e-4)
+    assert [row["grad_norm"] for row in ours] == pytest.approx(norms, rel=1e-3)
+    assert [row["lr"] for row in ours] == pytest.approx(rates, rel=1e-6)
+    assert ours[-1]["loss"] < 0.8 * ours[0]["loss"]  # to follow a run that learns says more
+
+    losses_unquantized = [loss for loss, _, _ in reference_run(run, adapter)]
+    differences = [abs(q - p) for q, p in zip(losses, losses_unquantized, strict=True)]
+    assert max(differences) > 1e-2  # quantizing shows

@@ -1,0 +1,79 @@
+"""Which documents an epoch goes through: weights of several files, train_size, and the preview."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from helpers.data_rows import THREE_FILES, tokenizer, write_three_files
+from helpers.tiny_runs import base_model, config
+from minilora.config import DataConfig
+from minilora.data.dataset import Documents, step_order
+from minilora.data.sources import data_files
+from minilora.data.tokenize import tokenize_files
+from minilora.errors import UserError
+from minilora.training.datasets import training_indices
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return tuple(write_three_files(tmp_path_factory.mktemp("three")))
+
+
+@pytest.fixture(scope="module")
+def documents(files: tuple[str, ...]) -> Documents:
+    found = {name: data_files(name, "train_file") for name in files}
+    return tokenize_files(found, DataConfig(num_workers=1), tokenizer("llama2"), "train_file")
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0, 1.0, 1.0), (2.0, 0.5, 1.5), (0.25, 3.0, 1.0), (1, 2, 3), (0.999, 0.1, 2.75)]
+)
+def test_an_epoch_goes_through_each_file_as_often_as_its_weight_says(weights, files, documents):
+    data = DataConfig(train_file=files, train_weights=weights)
+    indices = training_indices(documents, data, seed=3)
+    times = Counter(indices.tolist())
+    starts = np.cumsum([0, *THREE_FILES.values()])
+    for i, (size, weight) in enumerate(zip(THREE_FILES.values(), weights, strict=True)):
+        of_file = [times[j] for j in range(starts[i], starts[i + 1])]
+        assert {*of_file} <= {int(weight), int(weight) + 1}, "as often as any other, or once more"
+        assert abs(sum(of_file) - weight * size) <= 0.5
+
+    lengths = documents.lengths[indices]
+    order = indices[step_order(lengths, 4, 3, 0, shuffle=True, group_by_length=True)]
+    assert Counter(order.tolist()) == times, "an epoch's order holds them all"
+    assert np.array_equal(indices, training_indices(documents, data, seed=3))
+    if any(weight % 1 for weight in weights):
+        drawn = [training_indices(documents, data, seed) for seed in range(6)]
+        assert len({tuple(sorted(indices.tolist())) for indices in drawn}) > 1
+
+
+def test_train_size_draws_from_the_weighted_rows(files, documents):
+    weighted = DataConfig(train_file=files, train_weights=(2.0, 0.5, 1.0))
+    whole = Counter(training_indices(documents, weighted, 0).tolist())
+    data = DataConfig(train_file=files, train_weights=(2.0, 0.5, 1.0), train_size=11)
+    drawn = [Counter(training_indices(documents, data, seed).tolist()) for seed in range(30)]
+    assert all(counter.total() == 11 for counter in drawn) and drawn[0] <= whole
+    of_first = sum(counter[i] for counter in drawn for i in range(9)) / (30 * 11)
+    share = 18 / 29  # weighted rows that are of the first file
+    assert share - 0.1 < of_first < share + 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"train__max_steps": 2}])
+def test_weights_that_leave_no_row_are_named(settings, tmp_path):
+    base = base_model(tmp_path / "base")
+    run = config(tmp_path, base, data__train_weights=(0.01,), **settings)
+    with pytest.raises(UserError, match=r"data\.train_weights"):
+        train.main(run)
+    assert not Path(run.output_dir).exists()
+
+
+def test_a_preview_goes_on_in_the_next_file(files, documents, tmp_path):
+    run = config(tmp_path, base_model(tmp_path / "base"), data__train_file=files, preview=12)
+    assert train.main(run) == 0
+    lines = (tmp_path / "out" / "preview.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = [json.loads(line)["index"] for line in lines]
+    assert shown == documents.row_index[:12].tolist()
