@@ -1,10 +1,12 @@
-"""OLLM's arXiv run (Lo et al., NeurIPS 2024, arXiv 2410.23584): the model of configs/wiki.py adapts to arXiv's own taxonomy.
+r"""OLLM's arXiv run (Lo et al., NeurIPS 2024, arXiv 2410.23584): a second taxonomy.
 
-python merge.py out/wiki/checkpoint-final                         # its result becomes the base here
-python train.py configs/arxiv.py --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
+    python merge.py out/wiki/checkpoint-final    # the merged model is the base of this run
+    python train.py configs/arxiv.py \
+        --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
 
-A small adapter, a low rate and 2,048 articles: enough to take over another taxonomy without forgetting how paths are written.
-Rows look as in examples/wiki, with a paper's title and abstract.
+The merged model of configs/wiki.py is trained further. A small adapter, a low learning rate and
+2,048 articles are enough for it to learn another taxonomy without forgetting how paths are written.
+Rows are as in examples/wiki, with the title and the abstract of a paper.
 """
 
 from minilora.config import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, TrainConfig
@@ -22,8 +24,13 @@ config = Config(
         max_seq_length=2048,
     ),
     train=TrainConfig(
-        epochs=3, batch_size=8, learning_rate=3e-6, lr_scheduler="constant_with_warmup", warmup_steps=10, group_by_length=False,
+        epochs=3,
+        batch_size=8,
+        learning_rate=3e-6,
+        lr_scheduler="constant_with_warmup",
+        warmup_steps=10,
+        group_by_length=False,
         logging_steps=8,
     ),
     eval=EvalConfig(eval_steps=32),
-)  # fmt: skip
+)

@@ -1,15 +1,21 @@
 """QLoRA (Dettmers et al., arXiv 2305.14314): Mistral-7B over an NF4 base, on one GPU of 24 GB.
 
-python train.py configs/qlora.py --data.train_file T.jsonl --output_dir OUT
+    python train.py configs/qlora.py --data.train_file T.jsonl --output_dir OUT
 
-What it needs, in GB: 3.6 the linear layers in 4 bits with double quantisation (4.0 without), 0.5 embedding and head in
-bfloat16, 0.8 the adapters (84 M parameters at rank 32, 10 bytes each with 8-bit AdamW, 16 with adamw), 2.1 the kept inputs of
-32 blocks at 4 x 2,048 tokens, about 3 one block's activations and their gradients, 0.3 a dequantised weight and a chunk of the
-loss: some 10 in all, so 16 GB do as well. These are sums. Measured, on a CPU: a random model of this shape takes 4.3 GiB
-at most while it is read and quantised, and holds 4.2 GiB afterwards, adapters included.
+It needs about 10 GB, so a GPU of 16 GB is enough too:
 
-Merge with `python merge.py OUT/checkpoint-final --verify`: into the original 16-bit weights, or with --from-quantised into
-the ones that were trained over.
+    3.6 GB    the linear layers in 4 bits with double quantization (4.0 without)
+    0.5 GB    embedding and head in bfloat16
+    0.8 GB    the adapters: 84 M parameters at rank 32, 10 bytes each with 8-bit AdamW (adamw: 16)
+    2.1 GB    the kept inputs of 32 blocks, for 4 x 2,048 tokens
+    3   GB    about, for the activations of one block and their gradients
+    0.3 GB    one dequantized weight, and one chunk of the loss
+
+These numbers are computed. This one was measured, on a CPU: a random model of this shape takes
+4.3 GiB at most while it is read and quantized, and 4.2 GiB afterwards, with adapters.
+
+Merge with `python merge.py OUT/checkpoint-final --verify` into the original 16-bit weights, or with
+--from_quantized into the dequantized weights of training.
 """
 
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
@@ -28,7 +34,7 @@ config = Config(
         epochs=2,
         batch_size=4,
         grad_acc_steps=4,
-        learning_rate=1e-4,  # about ten times that of full fine-tuning
+        learning_rate=1e-4,  # about ten times that for full fine-tuning
         lr_scheduler="constant_with_warmup",
         warmup_steps=100,
         optimizer="paged_adamw8bit",

@@ -1,7 +1,10 @@
-"""The embedded default: everything it needs lies in examples/, on a CPU, in about a minute.
+"""The smallest recipe: LoRA on the tiny model in examples/, on a CPU, in about a minute.
 
-LoRA on the tiny Mistral-architecture base, which learns to write the category paths of an article. The settings are those
-of configs/wiki.py but for what a tiny model needs: a larger learning rate, more epochs, no checkpointing.
+    python train.py configs/tiny.py
+
+The tiny model has Mistral's architecture. It learns to write the category paths of an article, from
+the rows in examples/wiki. The settings are those of configs/wiki.py, except for what a tiny model
+needs: a larger learning rate, more epochs, no gradient checkpointing.
 """
 
 from minilora.config import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, TrainConfig
@@ -10,7 +13,11 @@ config = Config(
     output_dir="out/tiny",
     model=ModelConfig(name="examples/tiny-mistral", dtype="float32"),
     lora=LoraConfig(rank=32, alpha=32),
-    data=DataConfig(train_file="examples/wiki/train.jsonl", eval_file="examples/wiki/eval.jsonl", max_seq_length=512),
+    data=DataConfig(
+        train_file="examples/wiki/train.jsonl",
+        eval_file="examples/wiki/eval.jsonl",
+        max_seq_length=512,
+    ),
     train=TrainConfig(
         epochs=24,
         batch_size=4,

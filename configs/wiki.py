@@ -1,8 +1,10 @@
-"""OLLM's Wikipedia run (Lo et al., NeurIPS 2024, arXiv 2410.23584): Mistral-7B-Instruct writes an article's category paths.
+r"""OLLM's Wikipedia run (Lo et al., NeurIPS 2024, arXiv 2410.23584), with Mistral-7B-Instruct.
 
-torchrun --nproc_per_node=2 train.py configs/wiki.py --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
+    torchrun --nproc_per_node=2 train.py configs/wiki.py \
+        --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
 
-Without files it trains on the 160 articles in examples/wiki. The weights alone are 14.5 GB in bfloat16.
+The model learns to write the category paths of an article. Without --data.train_file it trains on
+the 160 articles in examples/wiki. The weights alone take 14.5 GB in bfloat16.
 """
 
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
@@ -14,8 +16,15 @@ config = Config(
     data=DataConfig(
         train_file="examples/wiki/train.jsonl",
         eval_file="examples/wiki/eval.jsonl",
-        chat_template="mistral",  # the form OLLM trained with; the hub's template has since put a space after [/INST]
+        # OLLM's form. The model's template on the hub now writes a space after [/INST].
+        chat_template="mistral",
         max_seq_length=2048,
     ),
-    train=TrainConfig(epochs=2, batch_size=8, learning_rate=1e-5, lr_scheduler="constant_with_warmup", warmup_steps=100),
+    train=TrainConfig(
+        epochs=2,
+        batch_size=8,
+        learning_rate=1e-5,
+        lr_scheduler="constant_with_warmup",
+        warmup_steps=100,
+    ),
 )
