@@ -31,19 +31,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_runs.base_model(tmp_path_factory.mktemp("base") / "base")
 
 
-def make_config(directory: Path, base: Path, **changes) -> Config:
-    """Return the configuration of a run that generates no samples unless told."""
-    directory.mkdir(exist_ok=True)
-    return tiny_runs.config(directory, base, **{"eval__num_generate_samples": 0, **changes})
-
-
-def run(directory: Path, base: Path, **changes) -> Config:
-    """Train, and return the run's configuration."""
-    config = make_config(directory, base, **changes)
-    assert train.main(config) == 0
-    return config
-
-
 def rows_of(config: Config, file: str) -> list[dict]:
     """Return all rows of a JSON lines file of a run."""
     lines = (Path(config.output_dir) / file).read_text(encoding="utf-8").splitlines()
@@ -65,7 +52,7 @@ def final_weights(config: Config) -> dict[str, torch.Tensor]:
 
 
 def test_files_of_a_run(base: Path, tmp_path: Path):
-    config = run(
+    config = tiny_runs.run(
         tmp_path,
         base,
         eval__eval_steps=10,
@@ -123,7 +110,7 @@ def test_files_of_a_run(base: Path, tmp_path: Path):
 
 def test_full_training_saves_a_model_of_its_dtype(base: Path, tmp_path: Path):
     changes = {"method": "full", "model__dtype": "bfloat16", "model__init": "random"}
-    config = run(tmp_path, base, train__max_steps=3, **changes)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=3, **changes)
     tensors = final_weights(config)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -142,7 +129,7 @@ def test_full_training_saves_a_model_of_its_dtype(base: Path, tmp_path: Path):
 def test_preview_shows_and_writes_the_masks(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    config = run(tmp_path, base, preview=3)
+    config = tiny_runs.run(tmp_path, base, preview=3)
     assert [path.name for path in Path(config.output_dir).iterdir()] == ["preview.jsonl"]
     rows = rows_of(config, "preview.jsonl")
     assert [row["index"] for row in rows] == [0, 1, 2]
@@ -171,7 +158,7 @@ def test_preview_shows_and_writes_the_masks(
 def test_wrong_input_is_refused_before_anything_is_written(
     base: Path, tmp_path: Path, change: dict, message: str
 ):
-    config = make_config(tmp_path, base, **change)
+    config = tiny_runs.quick_config(tmp_path, base, **change)
     with pytest.raises(UserError, match=message):
         train.main(config)
     assert not list(Path(config.output_dir).glob("*.jsonl"))
@@ -181,7 +168,7 @@ def test_impossible_output_directory_is_refused(base: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     for preview in (0, 1):
         out = str(tmp_path / "file" / "out")
-        config = make_config(tmp_path, base, output_dir=out, preview=preview)
+        config = tiny_runs.quick_config(tmp_path, base, output_dir=out, preview=preview)
         with pytest.raises(UserError, match="cannot be created"):
             train.main(config)
 
@@ -189,7 +176,7 @@ def test_impossible_output_directory_is_refused(base: Path, tmp_path: Path):
 def test_nan_stops_the_run_and_is_never_saved(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = make_config(tmp_path, base, train__save_steps=2, train__logging_steps=3)
+    config = tiny_runs.quick_config(tmp_path, base, train__save_steps=2, train__logging_steps=3)
     poison_loss(monkeypatch, 6)
     with pytest.raises(RunError, match=r"loss nan.*by step 6.*checkpoint-4"):
         train.main(config)
@@ -217,7 +204,7 @@ def test_evaluations_and_checkpoints_at_the_end_of_each_epoch(
     changes: dict, steps: list[int], base: Path, tmp_path: Path
 ):
     every_epoch = {"eval__eval_steps": "epoch", "train__save_steps": "epoch"}
-    config = run(tmp_path, base, **every_epoch, **changes)
+    config = tiny_runs.run(tmp_path, base, **every_epoch, **changes)
     assert steps_with(config, "checkpoint") == steps
     assert steps_with(config, "eval/in_domain/loss") == steps
     names = {path.name for path in Path(config.output_dir).glob("checkpoint-*")}
@@ -225,12 +212,12 @@ def test_evaluations_and_checkpoints_at_the_end_of_each_epoch(
 
 
 def test_checkpoints_come_with_evaluations_by_default(base: Path, tmp_path: Path):
-    config = run(tmp_path, base, eval__eval_steps="epoch")
+    config = tiny_runs.run(tmp_path, base, eval__eval_steps="epoch")
     assert steps_with(config, "checkpoint") == [7, 14, 21]
 
 
 def test_checkpoints_come_apart_from_evaluations_if_configured(base: Path, tmp_path: Path):
-    config = run(tmp_path, base, eval__eval_steps=10, train__save_steps="epoch")
+    config = tiny_runs.run(tmp_path, base, eval__eval_steps=10, train__save_steps="epoch")
     assert steps_with(config, "checkpoint") == [7, 14, 21]
     assert steps_with(config, "eval/in_domain/loss") == [10, 20, 21]
 
@@ -245,7 +232,7 @@ ON_START = {
 
 
 def test_evaluation_on_start_is_of_the_base(base: Path, tmp_path: Path):
-    config = run(tmp_path, base, train__max_steps=4, **ON_START)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=4, **ON_START)
     rows = rows_of(config, "metrics.jsonl")
     for row, domain in zip(rows, ("in_domain", "out_of_domain"), strict=False):
         assert set(row) == {"step", "epoch", f"eval/{domain}/loss", f"eval/{domain}/ppl"}
@@ -260,14 +247,14 @@ def test_evaluation_on_start_is_of_the_base(base: Path, tmp_path: Path):
 
 
 def test_evaluation_on_start_changes_no_number_of_the_training(base: Path, tmp_path: Path):
-    config = run(tmp_path / "with", base, train__max_steps=4, **ON_START)
-    plain = run(tmp_path / "without", base, train__max_steps=4, train__ema_decay=0.7)
+    config = tiny_runs.run(tmp_path / "with", base, train__max_steps=4, **ON_START)
+    plain = tiny_runs.run(tmp_path / "without", base, train__max_steps=4, train__ema_decay=0.7)
     assert losses(plain) == losses(config)
 
 
 def test_evaluation_on_start_is_left_out_by_a_resumed_run(base: Path, tmp_path: Path):
-    run(tmp_path, base, train__max_steps=4, **ON_START)
-    config = run(tmp_path, base, train__max_steps=6, **ON_START)
+    tiny_runs.run(tmp_path, base, train__max_steps=4, **ON_START)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=6, **ON_START)
     assert steps_with(config, "eval/in_domain/loss") == [0, 4, 6]
 
 
@@ -282,7 +269,7 @@ def test_time_of_evaluations_does_not_count(
 
     monkeypatch.setattr(evaluate, "loss_sums", slow_loss_sums)
     changes = {"train__max_steps": 3, "eval__eval_steps": 2, "data__eval_file": None}
-    rows = metrics(run(tmp_path, base, **changes, **ON_START))
+    rows = metrics(tiny_runs.run(tmp_path, base, **changes, **ON_START))
     tokens = [0, *(row["tokens"] for row in rows)]
     for (before, after), row in zip(pairwise(tokens), rows, strict=True):
         assert (after - before) / row["tokens_per_second"] < delay
@@ -293,7 +280,7 @@ def test_time_of_evaluations_does_not_count(
 
 def test_learning_rate_of_each_step_follows_the_schedule(base: Path, tmp_path: Path):
     schedule = {"train__warmup_ratio": 0.2, "train__lr_scheduler": "linear"}
-    config = run(tmp_path, base, **schedule)
+    config = tiny_runs.run(tmp_path, base, **schedule)
     rates = [row["lr"] for row in metrics(config)]
     warmup, peak = math.ceil(0.2 * STEPS), config.train.learning_rate
     expected = np.interp(range(STEPS), [0, warmup, STEPS], [0, peak, 0])
@@ -307,7 +294,7 @@ def test_accumulation_does_not_change_numbers(base: Path, tmp_path: Path):
     """8 x 1 = 1 x 8 = 2 x 4, with labels dropped and the last step partial."""
     runs = []
     for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
-        config = run(
+        config = tiny_runs.run(
             tmp_path / f"{batch_size}x{accumulation}",
             base,
             rows=29,
@@ -327,7 +314,7 @@ def test_accumulation_does_not_change_numbers(base: Path, tmp_path: Path):
 def test_partial_last_step_of_an_epoch_is_taken(base: Path, tmp_path: Path):
     """7 micro-batches at 4 a step are 2 steps an epoch."""
     changes = {"train__batch_size": 2, "train__grad_acc_steps": 4, "train__epochs": 1.0}
-    config = run(tmp_path, base, rows=14, **changes)
+    config = tiny_runs.run(tmp_path, base, rows=14, **changes)
     assert steps_with(config, "loss") == [1, 2]
 
 
@@ -335,7 +322,7 @@ def test_evaluation_does_not_depend_on_batch_size(base: Path, tmp_path: Path):
     values = []
     for size in (1, 8):
         changes = {"eval__batch_size": size, "train__max_steps": 3}
-        config = run(tmp_path / str(size), base, **changes)
+        config = tiny_runs.run(tmp_path / str(size), base, **changes)
         keys = ("eval/in_domain/loss", "eval/out_of_domain/loss")
         values.append([metrics(config, key)[-1][key] for key in keys])
     assert values[0] == pytest.approx(values[1], abs=1e-6)
@@ -348,10 +335,10 @@ def test_order_and_draws_differ_between_epochs_but_not_between_runs(base: Path, 
     for name in ("a", "b"):
         random.seed(name)
         torch.manual_seed(ord(name))
-        runs.append(losses(run(tmp_path / name, base, **frozen)))
+        runs.append(losses(tiny_runs.run(tmp_path / name, base, **frozen)))
     assert runs[0] == runs[1]
     assert runs[0][:4] != runs[0][4:]
-    assert losses(run(tmp_path / "c", base, seed=1, **frozen)) != runs[0]
+    assert losses(tiny_runs.run(tmp_path / "c", base, seed=1, **frozen)) != runs[0]
 
 
 def test_single_process_needs_no_group():
@@ -377,14 +364,14 @@ def test_ctrl_c_in_the_last_step_costs_no_evaluation(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     interrupt_during(monkeypatch, "finish_gradients")
-    config = run(tmp_path, base, train__max_steps=1)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=1)
     assert steps_with(config, "eval/in_domain/loss") == [1]
 
 
 def test_ctrl_c_in_the_evaluation_before_training(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = make_config(tmp_path, base, train__max_steps=4, eval__eval_on_start=True)
+    config = tiny_runs.quick_config(tmp_path, base, train__max_steps=4, eval__eval_on_start=True)
     interrupt_during(monkeypatch, "evaluate")
     assert train.main(config) == 128 + signal.SIGINT
     assert steps_with(config, "eval/in_domain/loss") == [0]

@@ -19,19 +19,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_runs.base_model(tmp_path_factory.mktemp("base") / "base")
 
 
-def make_config(directory: Path, base: Path, **changes) -> Config:
-    """Return the configuration of a run that generates no samples."""
-    directory.mkdir(exist_ok=True)
-    return tiny_runs.config(directory, base, **{"eval__num_generate_samples": 0, **changes})
-
-
-def run(directory: Path, base: Path, **changes) -> Config:
-    """Train, and return the run's configuration."""
-    config = make_config(directory, base, **changes)
-    assert train.main(config) == 0
-    return config
-
-
 class Crash(Exception):
     """What a run is made to fail with."""
 
@@ -85,8 +72,8 @@ def test_run_after_a_crash_ends_as_an_uninterrupted_one(
 ):
     """It crashes within an epoch, after a checkpoint and some steps that are lost."""
     changes = {"train__save_steps": 5, **VARIANTS[variant]}
-    whole = run(tmp_path / "whole", base, **changes)
-    broken = make_config(tmp_path / "broken", base, **changes)
+    whole = tiny_runs.run(tmp_path / "whole", base, **changes)
+    broken = tiny_runs.quick_config(tmp_path / "broken", base, **changes)
     run_until_crash(broken, 13, monkeypatch)
     assert len(metrics(broken)) == 12
 
@@ -102,8 +89,8 @@ def test_run_after_a_crash_ends_as_an_uninterrupted_one(
 def test_damaged_checkpoint_is_passed_over(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    whole = run(tmp_path / "whole", base, train__save_steps=3)
-    broken = make_config(tmp_path / "broken", base, train__save_steps=3)
+    whole = tiny_runs.run(tmp_path / "whole", base, train__save_steps=3)
+    broken = tiny_runs.quick_config(tmp_path / "broken", base, train__save_steps=3)
     run_until_crash(broken, 8, monkeypatch)
     damaged = Path(broken.output_dir) / "checkpoint-6" / "adapter_model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-10])
@@ -118,7 +105,7 @@ def test_damaged_checkpoint_is_passed_over(
 
 
 def test_finished_run_is_left_alone(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    config = run(tmp_path, base, train__max_steps=4)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=4)
     before = contents(Path(config.output_dir))
     assert train.main(config) == 0
     assert "nothing to do" in capsys.readouterr().err
@@ -126,8 +113,8 @@ def test_finished_run_is_left_alone(base: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_finished_run_goes_on_with_more_steps(base: Path, tmp_path: Path):
-    whole = run(tmp_path / "whole", base, train__max_steps=9)
-    longer = run(tmp_path / "longer", base, train__max_steps=4)
+    whole = tiny_runs.run(tmp_path / "whole", base, train__max_steps=9)
+    longer = tiny_runs.run(tmp_path / "longer", base, train__max_steps=4)
     longer.train.max_steps = 9
     assert train.main(longer) == 0
     assert final_weights(longer) == final_weights(whole)
@@ -136,17 +123,17 @@ def test_finished_run_goes_on_with_more_steps(base: Path, tmp_path: Path):
 
 
 def test_checkpoint_of_another_run_is_only_read(base: Path, tmp_path: Path):
-    first = run(tmp_path / "first", base, train__max_steps=2)
+    first = tiny_runs.run(tmp_path / "first", base, train__max_steps=2)
     before = contents(Path(first.output_dir))
     checkpoint = Path(first.output_dir) / "checkpoint-final"
     changes = {"train__max_steps": 4, "train__resume": str(checkpoint)}
-    second = run(tmp_path / "second", base, **changes)
+    second = tiny_runs.run(tmp_path / "second", base, **changes)
     assert [row["step"] for row in metrics(second)] == [3, 4]
     assert contents(Path(first.output_dir)) == before
 
 
 def test_save_total_limit_keeps_the_newest(base: Path, tmp_path: Path):
-    config = run(tmp_path, base, train__save_steps=4, train__save_total_limit=2)
+    config = tiny_runs.run(tmp_path, base, train__save_steps=4, train__save_total_limit=2)
     names = {path.name for path in Path(config.output_dir).glob("checkpoint-*")}
     assert names == {"checkpoint-16", "checkpoint-20", "checkpoint-final"}
 
@@ -155,7 +142,7 @@ def test_save_total_limit_keeps_the_newest(base: Path, tmp_path: Path):
 
 
 def test_two_runs_are_never_mixed(base: Path, tmp_path: Path):
-    config = run(tmp_path, base, train__max_steps=4)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=4)
     before = contents(Path(config.output_dir))
     config.train.max_steps, config.train.learning_rate = 6, 2e-2
     with pytest.raises(UserError, match=r"learning_rate: 0.01 -> 0.02"):
@@ -181,7 +168,7 @@ def test_two_runs_are_never_mixed(base: Path, tmp_path: Path):
 
 def test_refused_continuation_changes_nothing(base: Path, tmp_path: Path):
     """What cannot work is refused before the directory is touched, also if it was asked for."""
-    config = run(tmp_path, base, train__max_steps=2)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=2)
     before = contents(Path(config.output_dir))
     config.train.max_steps, config.lora.rank = 4, 8
     config.train.resume = str(Path(config.output_dir) / "checkpoint-final")
@@ -192,7 +179,7 @@ def test_refused_continuation_changes_nothing(base: Path, tmp_path: Path):
 
 def test_going_back_to_an_earlier_checkpoint_is_refused(base: Path, tmp_path: Path):
     """Two branches in one directory would delete and continue each other's checkpoints."""
-    config = run(tmp_path, base, train__max_steps=6, train__save_steps=2)
+    config = tiny_runs.run(tmp_path, base, train__max_steps=6, train__save_steps=2)
     config.train.resume = str(Path(config.output_dir) / "checkpoint-2")
     with pytest.raises(UserError, match="has its own checkpoint-final"):
         train.main(config)
@@ -202,7 +189,7 @@ def test_another_number_of_documents_per_step_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """An epoch's steps would begin elsewhere, e.g. on more processes."""
-    config = make_config(tmp_path, base, train__save_steps=2)
+    config = tiny_runs.quick_config(tmp_path, base, train__save_steps=2)
     run_until_crash(config, 5, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="documents per optimizer step: 4 -> 8"):

@@ -54,7 +54,7 @@ PERMANENT_REFUSALS = {
 }
 """HTTP status codes after which other requests would fail, too, and what they mean here."""
 
-NOT_A_COMPLETION = "what the URL replies is no chat completion"
+NOT_A_COMPLETION = "what the URL replies is not a chat completion"
 
 USER_PROMPT = """==== question {code} ====
 {question}

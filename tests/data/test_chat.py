@@ -132,6 +132,21 @@ def test_a_template_that_ends_earlier_turns_differently_gives_a_document_a_turn(
         assert shown.replace("\n", "") == expected + of.eos_token
 
 
+def test_supervision_ends_at_the_first_of_two_special_tokens_after_an_answer(tmp_path):
+    """The model is to stop there; what the template writes after it is nobody's answer."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+        "{{ '<|endoftext|>' if m.role == 'assistant' else '' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    of = Tokenizer(tiny_tokenizers.qwen(), template)
+    row = chat_row("q", "one", "r", "two")
+    documents = load_rows(tmp_path, [row], of, format="messages")
+    text = of.render(row["messages"])
+    assert text.count("<|im_end|><|endoftext|>") == 2
+    assert supervised_text(documents, 0, text, of) == ["one<|im_end|>", "two<|im_end|>"]
+
+
 # ---- conversations that a template cannot render
 
 

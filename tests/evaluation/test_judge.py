@@ -311,7 +311,7 @@ def test_a_reply_that_is_no_chat_completion(
     reply = 200, {"Content-Type": kind}, body
     server.reply = lambda answer, n: verdict() if answer == "a" else reply
     summary = run(server, tmp_path, ["a", "b"])
-    assert summary.failed == {"what the URL replies is no chat completion": 1}
+    assert summary.failed == {"what the URL replies is not a chat completion": 1}
     assert summary.stats["correct"]["n"] == 1
 
 

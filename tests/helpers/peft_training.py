@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from helpers import tiny_runs
 from minilora.config import Config
 from minilora.data.cache import load_documents
 from minilora.data.chat_template import MISTRAL_TEMPLATE
@@ -29,6 +30,21 @@ def save_initial_adapter(base: Path, directory: Path, **settings) -> Path:
             p.data = 0.05 * torch.randn(p.shape, generator=generator)
     model.save_pretrained(str(directory))
     return directory
+
+
+def config_to_follow(directory: Path, base: Path, accumulation: int, **changes) -> Config:
+    """Return a run of four documents a step from an initial adapter that is saved here."""
+    adapter = save_initial_adapter(base, directory / "adapter", r=4, lora_alpha=8)
+    settings = {
+        "train__grad_acc_steps": accumulation,
+        "train__batch_size": 4 // accumulation,
+        "train__lr_scheduler": "cosine",
+        "train__learning_rate": 5e-3,
+        "train__weight_decay": 0.01,
+        "train__gradient_checkpointing": True,
+        "lora__init_from": str(adapter),
+    }
+    return tiny_runs.config(directory, base, rows=30, **settings, **changes)
 
 
 def reference_run(c: Config, adapter: Path) -> list[tuple[float, float, float]]:

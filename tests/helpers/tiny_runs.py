@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from helpers import tiny_tokenizers
 from helpers.tiny_models import tiny
 from minilora.config import Config
@@ -99,6 +100,19 @@ def config(tmp_path: Path, base: Path, rows: int = 26, **overrides) -> Config:
         target = getattr(config, section) if section else config
         setattr(target, field, value)
     return config
+
+
+def quick_config(directory: Path, base: Path, **changes) -> Config:
+    """Return the configuration of a run that generates no samples unless told."""
+    directory.mkdir(exist_ok=True)
+    return config(directory, base, **{"eval__num_generate_samples": 0, **changes})
+
+
+def run(directory: Path, base: Path, **changes) -> Config:
+    """Train with a quick configuration, and return it."""
+    settings = quick_config(directory, base, **changes)
+    assert train.main(settings) == 0
+    return settings
 
 
 def poison_loss(monkeypatch: pytest.MonkeyPatch, call: int) -> None:

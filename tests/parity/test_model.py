@@ -43,6 +43,10 @@ ROPES = {
         "original_max_position_embeddings": 16,
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0},
     },
+    "yarn, context at top level and inside": {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {**YARN, "factor": 3.0, "original_max_position_embeddings": 16},
+    },
     "yarn, default betas": {"rope_scaling": {**YARN, "beta_fast": None, "beta_slow": None}},
     "yarn, factor null": {"max_position_embeddings": 96, "rope_scaling": {**YARN, "factor": None}},
     "yarn, attention_factor": {"rope_scaling": {**YARN, "attention_factor": 0.5}},

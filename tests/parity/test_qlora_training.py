@@ -7,8 +7,8 @@ import torch
 import transformers
 
 import train
-from helpers.peft_training import reference_run, save_initial_adapter
-from helpers.tiny_runs import base_model, config, metrics
+from helpers.peft_training import config_to_follow, reference_run
+from helpers.tiny_runs import base_model, metrics
 from minilora.config import Config
 
 STEPS = 30
@@ -53,21 +53,9 @@ def test_thirty_steps_follow_transformers_and_peft(
     tmp_path, bits, family, accumulation, monkeypatch
 ):
     base = base_model(tmp_path / "base", family, **SIZES)
-    adapter = save_initial_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8)
-    run = config(
-        tmp_path,
-        base,
-        rows=30,
-        train__max_steps=STEPS,
-        train__grad_acc_steps=accumulation,
-        train__batch_size=4 // accumulation,
-        train__lr_scheduler="cosine",
-        train__learning_rate=5e-3,
-        train__weight_decay=0.01,
-        train__gradient_checkpointing=True,
-        lora__init_from=str(adapter),
-        model__bits=bits,
-    )
+    changes = {"train__max_steps": STEPS, "model__bits": bits}
+    run = config_to_follow(tmp_path, base, accumulation, **changes)
+    adapter = Path(run.lora.init_from or "")
     assert train.main(run) == 0
 
     ours = metrics(run)

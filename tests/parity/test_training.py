@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import train
-from helpers.peft_training import reference_run, save_initial_adapter
-from helpers.tiny_runs import base_model, config, metrics
+from helpers.peft_training import config_to_follow, reference_run
+from helpers.tiny_runs import base_model, metrics
 
 STEPS = 50
 
@@ -17,23 +17,10 @@ STEPS = 50
 )
 def test_fifty_steps_follow_peft(tmp_path: Path, family: str, accumulation: int):
     base = base_model(tmp_path / "base", family)
-    adapter = save_initial_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8)
-    c = config(
-        tmp_path,
-        base,
-        rows=30,
-        train__max_steps=STEPS,
-        train__grad_acc_steps=accumulation,
-        train__batch_size=4 // accumulation,
-        train__lr_scheduler="cosine",
-        train__learning_rate=5e-3,
-        train__weight_decay=0.01,
-        train__gradient_checkpointing=True,
-        lora__init_from=str(adapter),
-    )
-    assert train.main(c) == 0
+    config = config_to_follow(tmp_path, base, accumulation, train__max_steps=STEPS)
+    assert train.main(config) == 0
 
-    ours, reference = metrics(c), reference_run(c, adapter)
+    ours, reference = metrics(config), reference_run(config, Path(config.lora.init_from or ""))
     losses, norms, rates = zip(*reference, strict=True)
     assert len(ours) == len(reference) == STEPS
     assert [row["loss"] for row in ours] == pytest.approx(losses, abs=1e-4, rel=0)
