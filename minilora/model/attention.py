@@ -83,7 +83,7 @@ class PackedAttention:
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Apply causal attention within one document. generation/cache.py uses it too.
+    """Apply causal attention within one document.
 
     Args:
         q: queries [t, H, E].
