@@ -13,7 +13,7 @@ over. --verify shows how far each of the two is from the model in training.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import torch
 import tyro
@@ -26,13 +26,14 @@ from minilora.checkpoint.merge_writer import (
     write_merged_weights,
     write_other_files,
 )
-from minilora.checkpoint.peft import CONFIG_FILE, Adapter, base_model_name, read_adapter
-from minilora.checkpoint.run_record import read_model_config
+from minilora.checkpoint.model_record import read_model_record
+from minilora.checkpoint.peft import CONFIG_FILE, Adapter, read_adapter
 from minilora.cli import run_script
 from minilora.config import ModelConfig
 from minilora.errors import UserError
 from minilora.files import read_json, write_directory
 from minilora.hub import resolve
+from minilora.loading import find_base
 from minilora.model.hf_config import DecoderConfig
 from minilora.model.quantized_linear import QuantizedLinear
 from minilora.model.transformer import CausalLM
@@ -47,9 +48,11 @@ class Args:
     """Merge an adapter into its base model and write the result in Hugging Face layout."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A checkpoint of train.py, or any PEFT LoRA adapter: a directory, or with --out a hub id."""
+    """A checkpoint of train.py, or any PEFT LoRA adapter: a directory, or with --out a hub id,
+    owner/name[@revision]."""
     base: str | None = None
-    """Base model, if not the one that adapter_config.json names: hub id or directory."""
+    """Base model, if not the one that adapter_config.json names: directory, or hub id
+    owner/name[@revision]."""
     out: str | None = None
     """Where to write (default: CHECKPOINT/merged)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -93,10 +96,10 @@ class TrainedAdapter:
 def main(args: Args) -> int:
     """Merge the adapter that the arguments name; return the exit code."""
     checkpoint = find_adapter(args)
-    trained = read_trained(checkpoint, args)
     out = Path(args.out) if args.out else checkpoint / "merged"
     if out.exists():
         raise UserError(f"{out} exists: remove it or choose another --out")
+    trained = read_trained(checkpoint, args)
     check_way_to_merge(trained, args.from_quantized)
 
     write_directory(out, lambda target: merge(trained, args.dtype, args.from_quantized, target))
@@ -108,19 +111,16 @@ def main(args: Args) -> int:
 
 def find_adapter(args: Args) -> Path:
     """Return the directory of the adapter. Raises UserError if the name is not of an adapter."""
-    checkpoint = Path(args.checkpoint)
-    is_hub_id = not checkpoint.exists() and args.checkpoint.count("/") == 1
-    if is_hub_id and args.out:
-        checkpoint = resolve(args.checkpoint)
+    if args.out is None and not Path(args.checkpoint).expanduser().is_dir():
+        raise UserError(f"{args.checkpoint} is not a directory; an adapter on the hub needs --out")
+    checkpoint = resolve(args.checkpoint)
     if (checkpoint / CONFIG_FILE).is_file():
         return checkpoint
 
-    why = "there is no such directory"
-    if checkpoint.exists():
-        why = f"it has no {CONFIG_FILE}"
+    why = f"it has no {CONFIG_FILE}"
     if list(checkpoint.glob("model*.safetensors")):
         why += "; it is a whole model already, as merging creates one"
-    raise UserError(f"{checkpoint} is not an adapter: {why}")
+    raise UserError(f"{args.checkpoint} is not an adapter: {why}")
 
 
 def read_trained(checkpoint: Path, args: Args) -> TrainedAdapter:
@@ -131,17 +131,20 @@ def read_trained(checkpoint: Path, args: Args) -> TrainedAdapter:
     """
     adapter = read_adapter(checkpoint)
     try:
-        if args.base:
-            base = resolve(args.base)
-        else:
-            base = resolve(*base_model_name(adapter.raw, args.checkpoint))
+        base = resolve(args.base) if args.base else find_base(checkpoint, args.checkpoint)
     except UserError as error:
         message = f"{error} (this is the adapter's base model; --base names another one)"
         raise UserError(message) from error
 
     raw = read_json(base / "config.json")
     stored_bits = checkpoint_bits(raw, str(base / "config.json"))
-    settings = read_model_config(checkpoint) or ModelConfig()
+    record = read_model_record(checkpoint)
+    settings = ModelConfig() if record is None else record.model
+    if record is not None and args.bits not in (None, settings.bits):
+        raise UserError(
+            f"--bits {args.bits}: {checkpoint} was trained over {settings.bits} bits, as it "
+            "records itself: leave it out"
+        )
     if args.bits:
         bits: int = args.bits
     elif stored_bits < 16:
@@ -240,5 +243,10 @@ def random_tokens(model: CausalLM) -> Tensor:
     return torch.randint(model.config.vocab_size, (VERIFY_TOKENS,), generator=generator)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the command: `python merge.py`, and `minilora-merge` of an installed package."""
     run_script(lambda: main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+
+
+if __name__ == "__main__":
+    run()

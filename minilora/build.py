@@ -28,16 +28,8 @@ from minilora.checkpoint.hf import (
     materialize_parameter,
     weight_map,
 )
-from minilora.checkpoint.peft import (
-    CONFIG_FILE,
-    Adapter,
-    base_model_name,
-    load_adapter_state,
-    read_adapter,
-)
-from minilora.checkpoint.run_record import read_model_config
+from minilora.checkpoint.peft import Adapter, load_adapter_state, read_adapter
 from minilora.config import Config, LoraConfig
-from minilora.data.tokenizer import Tokenizer
 from minilora.distributed import REPLICATED, Layout
 from minilora.errors import UserError
 from minilora.files import read_json
@@ -338,69 +330,3 @@ def _fill_adapters(
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
     """Return a context that computes in `dtype` over float32 weights; None changes nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def load(
-    name_or_dir: str,
-    adapter: str | None = None,
-    dtype: str = "auto",
-    bits: int | None = 16,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-) -> tuple[CausalLM, Tokenizer]:
-    """Load a model that is ready to use, and its tokenizer. Logits are `model(tokens, lengths)`.
-
-    Args:
-        name_or_dir: a hub id, or a directory in Hugging Face layout. If it is an adapter, such as
-            a checkpoint of a LoRA run, its base is found by the name that the adapter gives it.
-        adapter: directory or hub id of a PEFT adapter to put on the model.
-        dtype: of the arithmetic: bfloat16, float16, float32, or auto: as the adapter was trained,
-            or float32 for a model saved in float32 and bfloat16 for any other (float16 on a GPU
-            without bfloat16).
-        bits: 16, 8 (LLM.int8), 4 (NF4), or None: as the adapter was trained, or as the model was
-            saved.
-        device: default: the GPU if there is one.
-        revision: branch, tag or commit of the model on the hub.
-
-    Raises:
-        UserError: something cannot be found, read, or put together.
-    """
-    directory = resolve(name_or_dir, revision)
-    adapter_directory = resolve(adapter) if adapter else None
-    if (directory / CONFIG_FILE).is_file():
-        if adapter is not None:
-            raise UserError(
-                f"{name_or_dir} is an adapter itself: give its base as the model, "
-                f"or leave out adapter={adapter!r}"
-            )
-        adapter_directory = directory
-        adapter_config = read_json(adapter_directory / CONFIG_FILE)
-        base_name, base_revision = base_model_name(adapter_config, str(adapter_directory))
-        directory = resolve(base_name, base_revision)
-
-    trained = None if adapter_directory is None else read_model_config(adapter_directory)
-    double_quant = True
-    if trained is not None:
-        double_quant = trained.double_quant
-        if dtype == "auto":
-            dtype = trained.dtype
-        if bits is None:
-            bits = trained.bits
-    if bits is None:
-        where = str(directory)
-        bits = checkpoint_bits(read_json(directory / "config.json"), where)
-
-    target = torch.device(device) if device else distributed.default_device()
-    loaded = build_for_inference(directory, target, dtype, bits, double_quant, adapter_directory)
-    # embedding and head (one matrix if tied) are float32 where the adapter brings them
-    for p in (loaded.model.model.embed_tokens.weight, loaded.model.head_weight):
-        p.data = p.data.to(loaded.dtype)
-    return loaded.model, Tokenizer(_tokenizer_directory(directory, adapter_directory))
-
-
-def _tokenizer_directory(model: Path, adapter: Path | None) -> Path:
-    """Return where the tokenizer is: beside the adapter, if there are any of its files there."""
-    files = ("tokenizer.json", "tokenizer.model")
-    if adapter is not None and any((adapter / file).is_file() for file in files):
-        return adapter
-    return model

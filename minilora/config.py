@@ -1,12 +1,13 @@
 """Every setting of a run, its default, and its explanation, which is its `--help`.
 
-A config file holds `config = Config(...)` with what differs from the defaults here; command-line
-flags such as `--train.learning_rate 1e-4` replace single values. `cli.py` reads and checks both.
+A config file holds `config = Config(...)` with what differs from the defaults here, or the same in
+YAML or JSON; command-line flags such as `--train.learning_rate 1e-4` replace single values.
+`config_files.py` reads the file, `cli.py` the flags, and `config_checks.py` checks the result.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(slots=True)
@@ -60,12 +61,29 @@ class LoraConfig:
 
 
 @dataclass(slots=True)
+class RowFormat:
+    """How the rows of one file become text (data.file_formats); None: as for all other files."""
+
+    format: Literal["paths", "prompt", "messages", "text"] | None = None
+    """As data.format."""
+    prompt_template: str | None = None
+    """As data.prompt_template."""
+    response_template: str | None = None
+    """As data.response_template."""
+    response_marker: str | None = None
+    """As data.response_marker."""
+    chat: bool | None = None
+    """As data.chat."""
+
+
+@dataclass(slots=True)
 class DataConfig:
     """The rows to train on and how a row becomes text."""
 
     train_file: str | tuple[str, ...] = ""
-    """What to train on: .jsonl, .json, .csv, .tsv (each also .gz) or .parquet, or a dataset of the
-    hub, owner/name[@revision][:split or glob]; one or several."""
+    """What to train on: .jsonl, .json, .csv, .tsv (each also .gz) or .parquet; a directory with a
+    file for each split, a glob of files; or a dataset of the hub, owner/name[@revision][:split or
+    glob]. One or several."""
     train_weights: tuple[float, ...] = ()
     """How often an epoch uses each file of train_file: 2 is twice, 0.5 a half drawn with the seed
     (default: once)."""
@@ -102,6 +120,9 @@ class DataConfig:
     run."""
     shuffle: bool = True
     """Use a new order in each epoch, which depends on (seed, epoch) alone."""
+    file_formats: dict[str, RowFormat] = field(default_factory=dict)
+    """For files whose rows differ from the others: the name as in train_file or eval_file, and its
+    format and templates. Only in a config file."""
     add_tokens: tuple[str, ...] = ()
     """Special tokens to add to the tokenizer. Their rows in the model are spare ones, or new ones
     (the mean of the others), so lora.train_embeddings or method='full' is needed. Leave out tokens
@@ -115,6 +136,34 @@ class DataConfig:
     def train_files(self) -> tuple[str, ...]:
         """The names in `train_file`, as a tuple also where it is one string."""
         return (self.train_file,) if isinstance(self.train_file, str) else self.train_file
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows of this form are rendered by the chat template."""
+        return self.format == "messages" or (self.format in ("paths", "prompt") and self.chat)
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the rows of any training file are rendered by the chat template."""
+        return any(self.for_file(name).is_chat for name in self.train_files or ("",))
+
+    @property
+    def asked_form(self) -> "DataConfig":
+        """The form in which the trained model is asked: that of these settings, or, if file_formats
+        has every training file, that of the first one."""
+        files = self.train_files
+        has_form_of_all = bool(files) and all(name in self.file_formats for name in files)
+        return self.for_file(files[0]) if has_form_of_all else self
+
+    def for_file(self, name: str) -> "DataConfig":
+        """Return the settings that hold for the rows of a file: these, or those of file_formats."""
+        if name not in self.file_formats:
+            return self
+        changes: dict[str, Any] = {"file_formats": {}}
+        for setting, value in config_fields(self.file_formats[name]):
+            if value is not None:
+                changes[setting] = value
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(slots=True)
@@ -157,13 +206,15 @@ class TrainConfig:
     less."""
     logging_steps: int = 50
     """Log a line of metrics every N optimizer steps."""
-    save_steps: int | Literal["epoch"] | None = None
-    """Save a checkpoint every N optimizer steps, or at each epoch's end (default:
-    eval.eval_steps)."""
+    save_steps: int | float | Literal["epoch"] | None = None
+    """Save a checkpoint every N optimizer steps, at each epoch's end, or several times in each
+    epoch (0.25: four times). 0: only at the end of the run. Default: eval.eval_steps."""
     save_total_limit: int | None = None
     """Keep only the newest N step checkpoints (default: all)."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint in output_dir; never; or a checkpoint
+    """auto: continue from the newest complete checkpoint in output_dir, if there is one. never.
+    last: the same as auto, but there must be one, and settings may have changed. best: go back to
+    the best checkpoint in output_dir; newer ones are renamed to superseded-... Or a checkpoint
     directory."""
     early_stopping_patience: int | None = None
     """Stop after N evaluations in a row without a better metric_for_best_model."""
@@ -177,8 +228,9 @@ class TrainConfig:
 class EvalConfig:
     """When to evaluate, and how to generate sample answers."""
 
-    eval_steps: int | Literal["epoch"] = 500
-    """Evaluate every N optimizer steps, or at each epoch's end; and once at the end."""
+    eval_steps: int | float | Literal["epoch"] | None = 500
+    """Evaluate every N optimizer steps, at each epoch's end, or several times in each epoch (0.25:
+    four times); and once at the end of the run. 0 or None: never."""
     eval_on_start: bool = False
     """Evaluate before the first step too."""
     batch_size: int = 32
@@ -191,9 +243,16 @@ class EvalConfig:
     """Nucleus sampling: keep the smallest set of tokens with this much probability."""
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
+    max_time: float | None = None
+    """Seconds for the answers of one evaluation; what is not complete by then is cut off."""
     metrics: tuple[str, ...] = ()
     """Of the num_generate_samples answers: exact_match, bleu, chrf, rouge, meteor, edit_distance,
     numeric, graph."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the run has no evaluations."""
+        return self.eval_steps in (0, None)
 
 
 @dataclass(slots=True)
@@ -265,18 +324,19 @@ def config_fields(config: object) -> list[tuple[str, object]]:
     return [(name, getattr(config, name)) for name in names]
 
 
-def flatten_config(config: object, prefix: str = "") -> dict[str, object]:
+def flatten_config(config: Config | dict) -> dict[str, object]:
     """Return {"section.field": value} for every field of a config, in order.
 
+    data.file_formats is one value, in the form that config.json has: a dict of dicts.
+
     Args:
-        config: a config dataclass, or the same as a nested dict (as config.json holds it).
-        prefix: put before every name.
+        config: a `Config`, or the same as a nested dict (as config.json holds it).
     """
+    settings = config if isinstance(config, dict) else dataclasses.asdict(config)
     flat: dict[str, object] = {}
-    pairs = config.items() if isinstance(config, dict) else config_fields(config)
-    for name, value in pairs:
-        if isinstance(value, dict) or dataclasses.is_dataclass(value):
-            flat.update(flatten_config(value, f"{prefix}{name}."))
+    for name, value in settings.items():
+        if isinstance(value, dict):  # a section
+            flat.update({f"{name}.{field_name}": item for field_name, item in value.items()})
         else:
-            flat[prefix + name] = value
+            flat[name] = value
     return flat

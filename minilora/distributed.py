@@ -17,6 +17,7 @@ import sys
 
 import torch
 import torch.distributed as torch_distributed
+import tqdm
 from torch import Tensor, nn
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -88,9 +89,12 @@ def all_agree(flag: bool, device: torch.device) -> bool:
 
 
 def log(message: str) -> None:
-    """Print a message on the first process, to stderr, which leaves stdout for results."""
+    """Print a message on the first process, to stderr, which leaves stdout for results.
+
+    A progress bar on stderr is cleared first and drawn again after it.
+    """
     if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        tqdm.tqdm.write(message, file=sys.stderr)
 
 
 class Layout(abc.ABC):

@@ -1,4 +1,4 @@
-"""Read JSON files, and write files and directories so that a kill leaves the old or the new one."""
+"""Read and write JSON; write files and directories so that a kill leaves the old or the new."""
 
 import json
 import os
@@ -34,6 +34,12 @@ def read_json(path: Path) -> dict:
 def read_json_if_present(path: Path) -> dict:
     """Read a JSON object, or return an empty one where there is no such file. Raises UserError."""
     return read_json(path) if path.is_file() else {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object, indented and as UTF-8."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def make_directory(path: Path) -> None:

@@ -16,26 +16,41 @@ HUB_FILES = [
 ]
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(name: str, revision: str | None = None, setting: str = "revision") -> Path:
     """Return the directory of a model or adapter.
 
     Args:
         name: a directory, or a hub id `owner/name`, optionally with `@revision`.
         revision: branch, tag or commit on the hub.
+        setting: the name of the setting or flag that `revision` is from, for messages.
 
     Raises:
-        UserError: there is no such directory and the hub does not provide it.
+        UserError: there is no such directory and the hub does not provide it, or a revision would
+            be ignored.
     """
     path = Path(name).expanduser()
     if name and path.is_dir():
+        if revision:
+            raise _no_revisions_error(f"{setting} {revision!r}", name)
         return path
 
     repository, _, at_revision = name.partition("@")
+    if repository and at_revision and Path(repository).expanduser().is_dir():
+        raise _no_revisions_error(f"'@{at_revision}' in {name!r}", repository)
     is_path = path.is_absolute() or name.startswith((".", "~"))
     if is_path or repository.count("/") != 1:
         raise UserError(f"model {name!r}: no such directory, and not a hub id (owner/name)")
+    if revision and at_revision and revision != at_revision:
+        raise UserError(f"{setting} {revision!r} contradicts {name!r}: leave out one of them")
     what = f"model {name!r} is not a directory"
     return fetch(repository, revision or at_revision or None, HUB_FILES, what)
+
+
+def _no_revisions_error(what: str, directory: str) -> UserError:
+    """Return the error for a revision of a directory; `what` is how the user gave it."""
+    return UserError(
+        f"{what} belongs to a repository on the hub, and {directory!r} is a directory: leave it out"
+    )
 
 
 def fetch(

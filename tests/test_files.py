@@ -1,4 +1,4 @@
-"""Directories and files that are written whole or not at all, and JSON that is read."""
+"""Directories and files that are written whole or not at all, and JSON."""
 
 import json
 import multiprocessing
@@ -16,6 +16,7 @@ from minilora.files import (
     read_json_if_present,
     replace_file,
     write_directory,
+    write_json,
 )
 
 
@@ -129,6 +130,13 @@ def test_read_json_names_the_file_and_the_problem(text: str, problem: str, tmp_p
     for read in (read_json, read_json_if_present):
         with pytest.raises(UserError, match=rf"file\.json: {problem}"):
             read(file)
+
+
+def test_write_json_is_what_read_json_reads(tmp_path: Path):
+    file = tmp_path / "file.json"
+    write_json(file, {"größe": [1, None]})
+    assert read_json(file) == {"größe": [1, None]}
+    assert file.read_bytes() == '{\n  "größe": [\n    1,\n    null\n  ]\n}\n'.encode()
 
 
 def test_make_directory_refuses_a_file(tmp_path: Path):

@@ -55,6 +55,23 @@ def test_resolve_refuses_what_is_neither_a_directory_nor_a_hub_id(
         resolve(name.format(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("{}", "v2", "model.revision 'v2' belongs to a repository on the hub, and '{}' is a dir"),
+        ("{}@v2", None, "'@v2' in '{}@v2' belongs to a repository on the hub, and '{}' is a dir"),
+        ("{}@v2", "v2", "'@v2' in '{}@v2' belongs to a repository"),
+        ("owner/name@v1", "v2", "model.revision 'v2' contradicts 'owner/name@v1'"),
+    ],
+)
+def test_resolve_refuses_a_revision_that_would_be_ignored(
+    name: str, revision: str | None, message: str, directory: Path
+):
+    with pytest.raises(UserError) as error:
+        resolve(name.format(directory), revision, "model.revision")
+    assert message.format(directory, directory) in str(error.value)
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the hub's HTTP interface that fetching `owner/name` at main and v2 needs."""
 

@@ -1,14 +1,18 @@
 """Models and datasets fetched by their ids from a hub that may break; with the real client."""
 
+import copy
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 
+import merge
 import minilora
 import train
 from helpers import tiny_runs
@@ -16,8 +20,11 @@ from helpers.hub_runs import final, finished_run, uploadable_files
 from helpers.hub_server import Hub, running_hub
 from minilora.config import Config
 from minilora.data.sources import data_files, read_lines
+from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
 from minilora.hub import resolve
+from minilora.loading import find_model, load_files
+from minilora.tracking.model_card import model_card
 
 
 @pytest.fixture
@@ -101,6 +108,131 @@ def test_load_a_model_and_an_adapter_by_id(hub: Hub, base: dict[str, bytes], run
     expected = local(ids, lengths=[len(ids)])
     assert torch.equal(model(ids, lengths=[len(ids)]), expected)
     assert not torch.equal(plain(ids, lengths=[len(ids)]), expected)
+
+
+# --- models and adapters at revisions
+
+
+@pytest.fixture
+def adapters(hub: Hub, base: dict[str, bytes], run: Config) -> Hub:
+    """Put the run's adapter on the hub as tester/adapter: v0 after two steps, main after three."""
+    earlier = Path(run.output_dir) / "checkpoint-2"
+    hub.add("tester/adapter", uploadable_files(earlier), tags=["v0"])
+    hub.add("tester/adapter", uploadable_files(final(run)), tags=["v1"])
+    return hub
+
+
+def logits(*args, **settings) -> torch.Tensor:
+    """Return the logits of the model that `find_model` finds, on some tokens."""
+    files = find_model(*args, **settings)
+    ids = Tokenizer(files.tokenizer).encode("Title: Topic 1").ids
+    return load_files(files)(torch.tensor(ids))
+
+
+def test_each_revision_is_that_of_its_own_repository(adapters: Hub, run: Config):
+    """Of a model: `revision`; of an adapter: `adapter_revision`; in either name: @REVISION."""
+    v0, v1 = logits(str(Path(run.output_dir) / "checkpoint-2")), logits(str(final(run)))
+    assert not torch.equal(v0, v1)
+    base = run.model.name
+    assert torch.equal(logits(base, "tester/adapter"), v1)
+    assert torch.equal(logits(base, "tester/adapter", adapter_revision="v0"), v0)
+    assert torch.equal(logits(base, "tester/adapter@v0"), v0)
+    both = {"revision": "v1", "adapter_revision": "v0"}
+    assert torch.equal(logits("tester/base", "tester/adapter", **both), v0)
+    assert torch.equal(logits("tester/base@v1", "tester/adapter@v0", **both), v0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"revision": "v0"}, "^revision 'v0' belongs .* is a directory: leave it out"),
+        ({"adapter_revision": "v9"}, r"tester/adapter.*404"),
+        ({"adapter": "tester/adapter@v1", "adapter_revision": "v0"}, "^adapter_revision 'v0' con"),
+        ({"adapter": None, "adapter_revision": "v0"}, "adapter_revision is given, but no adapter"),
+        ({"adapter": "{checkpoint}", "adapter_revision": "v0"}, "^adapter_revision 'v0' belongs"),
+        ({"name": "tester/base@v1", "revision": "v0"}, "^revision 'v0' contradicts"),
+    ],
+)
+def test_a_revision_that_would_be_ignored(
+    adapters: Hub, run: Config, settings: dict[str, str | None], message: str
+):
+    arguments: dict[str, Any] = {"name": run.model.name, "adapter": "tester/adapter"}
+    arguments.update(settings)
+    if arguments["adapter"] == "{checkpoint}":
+        arguments["adapter"] = str(final(run))
+    with pytest.raises(UserError, match=message):
+        find_model(**arguments)
+
+
+def test_a_revision_in_an_adapter_over_a_directory_means_nothing(run: Config, tmp_path: Path):
+    """Files of other programs name one."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(final(run), adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "revision": "main"}))
+    assert torch.equal(logits(str(adapter)), logits(str(final(run))))
+
+
+def test_an_adapter_over_a_directory_of_another_machine(
+    adapters: Hub, run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """It is an error, or where a directory has the same name by chance, it is said."""
+    message = "'the-base': no such directory.*the base of the adapter tester/adapter"
+    with pytest.raises(UserError, match=message):
+        minilora.load("tester/adapter")
+    base = Path(run.model.name)
+    monkeypatch.chdir(base.parent)
+    capsys.readouterr()
+    assert torch.equal(logits("tester/adapter"), logits(str(final(run))))
+    note = f"note: the base of tester/adapter is taken to be the directory {base}\n"
+    assert capsys.readouterr().err.count(note) == 1
+
+
+def test_training_on_a_directory_at_a_revision(run: Config, tmp_path: Path):
+    config = copy.deepcopy(run)
+    config.output_dir, config.model.revision = str(tmp_path / "out"), "v2"
+    config.data.train_file = "a file that does not exist"
+    with pytest.raises(UserError, match=r"model\.revision 'v2' belongs to a repository"):
+        train.main(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_an_adapter_and_a_base_by_their_ids(adapters: Hub, run: Config, tmp_path: Path):
+    """At revisions, too. The merged model keeps the form of the prompts."""
+    out = tmp_path / "merged"
+    args = merge.Args("tester/adapter@v0", base="tester/base@v1", out=str(out), dtype="float32")
+    assert merge.main(args) == 0
+    expected = logits(str(Path(run.output_dir) / "checkpoint-2"))
+    torch.testing.assert_close(logits(str(out)), expected, rtol=0, atol=1e-4)
+    recorded = json.loads((out / "minilora.json").read_text())
+    assert recorded == json.loads(adapters.repos["tester/adapter"].files["minilora.json"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out": None}, "tester/adapter is not a directory; an adapter on the hub needs --out"),
+        ({}, r"'the-base'.*--base names another"),
+        ({"base": "{base}@v1"}, "'@v1' in .* belongs to a repository"),
+        ({"checkpoint": "{checkpoint}@v1"}, "'@v1' in .* belongs to a repository"),
+        ({"base": "tester/base@v9"}, "tester/base.*404"),
+        ({"checkpoint": "tester/base"}, "tester/base is not an adapter.*whole model already"),
+    ],
+)
+def test_merge_refuses_what_it_cannot_find(
+    adapters: Hub, run: Config, tmp_path: Path, settings: dict[str, str | None], message: str
+):
+    out = str(tmp_path / "merged")
+    arguments: dict[str, Any] = {"checkpoint": "tester/adapter", "out": out, **settings}
+    for name, value in arguments.items():
+        if value:
+            arguments[name] = value.format(base=run.model.name, checkpoint=final(run))
+    with pytest.raises(UserError, match=message):
+        merge.main(merge.Args(**arguments))
+    assert not (tmp_path / "merged").exists()
+
+
+# --- faults
 
 
 @pytest.mark.parametrize(
@@ -276,3 +408,6 @@ def test_a_run_on_a_base_an_adapter_and_rows_from_the_hub(
     written = json.loads((final(config) / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "tester/base"
     assert written["revision"] == "v1"
+    card = model_card(config, final(config), [], step=2)
+    assert "over tester/base (revision v1)" in card
+    assert r"| lora.init\_from | tester/adapter (revision best) |" in card

@@ -6,7 +6,6 @@ resume.py.
 """
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora import distributed
-from minilora.checkpoint.hf_writer import save_config, save_tokenizer, save_weights
+from minilora.checkpoint.hf_writer import save_config, save_weights
+from minilora.checkpoint.model_record import ModelRecord, write_model_record
 from minilora.checkpoint.peft import adapter_state, save_adapter
-from minilora.checkpoint.run_record import write_trainer_state
-from minilora.checkpoint.trainer_state import TrainerState
+from minilora.checkpoint.tokenizer_writer import plan_export, save_tokenizer
+from minilora.checkpoint.trainer_state import TrainerState, write_trainer_state
 from minilora.checkpoint.training_state import (
     load_training_tensors,
     save_training_tensors,
@@ -30,7 +30,7 @@ from minilora.config import Config, LoraConfig
 from minilora.data.tokenizer import Tokenizer
 from minilora.distributed import Layout
 from minilora.errors import RunError
-from minilora.files import is_complete, make_directory, read_json, write_directory
+from minilora.files import is_complete, make_directory, read_json, write_directory, write_json
 from minilora.model.transformer import CausalLM
 
 FINAL = "checkpoint-final"
@@ -60,7 +60,7 @@ class Checkpointer:
         base: Path,
         shadow: dict[str, Tensor],
     ):
-        """Keep references to what checkpoints are made of.
+        """Keep references to what checkpoints are made of, and log how its tokenizer is saved.
 
         Args:
             config: the run's settings.
@@ -79,6 +79,9 @@ class Checkpointer:
         self.tokenizer = tokenizer
         self.base = base
         self.shadow = shadow
+        self.tokenizer_export = plan_export(tokenizer, config.data)
+        for note in self.tokenizer_export.notes:
+            distributed.log(note)
 
     def save(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> str:
         """Write the checkpoint of the step that is done, and remove old ones beyond the limit.
@@ -119,8 +122,11 @@ class Checkpointer:
             model_parameters = dict(self.loaded.model.named_parameters())
             save_training_tensors(target, tensors, model_parameters, self.loaded.layout)
             if distributed.rank() == 0:
-                save_tokenizer(self.tokenizer, target)
+                save_tokenizer(self.tokenizer, target, self.tokenizer_export)
                 write_trainer_state(target, state, self.config)
+                write_model_record(
+                    target, ModelRecord(self.config.data.asked_form, self.config.model)
+                )
 
         write_directory(directory, write_files)
 
@@ -133,6 +139,9 @@ class Checkpointer:
                 # the vocabulary may have grown by data.add_tokens
                 raw = read_json(self.base / "config.json")
                 raw["vocab_size"] = model.config.vocab_size
+                new_eos = self.tokenizer_export.new_eos
+                if new_eos is not None:
+                    raw["eos_token_id"] = self.tokenizer.specials[new_eos]
                 save_config(target, raw, self.loaded.dtype)
         else:
             adapter = adapter_state(model, self.loaded.layout)
@@ -186,8 +195,7 @@ def start_directory(out: Path, config: Config) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-    text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    write_json(out / "config.json", dataclasses.asdict(config))
 
 
 def step_checkpoints(out: Path) -> list[Path]:

@@ -1,7 +1,6 @@
-"""Write models and tokenizers as directories in Hugging Face layout, which any tool can load."""
+"""Write a model's weights and config.json in Hugging Face layout, which any tool can load."""
 
 import json
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from minilora import distributed
 from minilora.checkpoint.hf import INDEX_FILE, base_parameters, name_in_file
 from minilora.checkpoint.tensor_files import TensorEntry, write_safetensors
-from minilora.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from minilora.distributed import REPLICATED, Layout
-from minilora.errors import RunError
-from minilora.files import read_json_if_present
+from minilora.files import write_json
 
 SHARD_BYTES = 5_000_000_000
 """Largest size of a model's file; a larger model is written in several."""
@@ -66,33 +63,4 @@ def save_config(directory: Path, raw: dict, dtype: torch.dtype) -> None:
     """
     field = "dtype" if "dtype" in raw else "torch_dtype"
     config = {**raw, field: str(dtype).removeprefix("torch.")}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
-
-
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Copy the tokenizer's files, and write its chat template and the tokens that end an answer.
-
-    Whoever serves the model then renders the same prompts and stops at the same tokens.
-
-    Raises:
-        RunError: the tokenizer's own directory has been removed.
-    """
-    source = tokenizer.directory
-    is_there = (source / "tokenizer.json").is_file() or (source / "tokenizer.model").is_file()
-    if not is_there:
-        raise RunError(
-            f"the tokenizer's directory {source} has been removed during the run: run the same "
-            "command again, it creates the directory and continues"
-        )
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-
-    generation = read_json_if_present(source / "generation_config.json")
-    stop_ids = tokenizer.stop_ids()
-    if stop_ids:
-        generation["eos_token_id"] = sorted(stop_ids)
-    text = json.dumps(generation, indent=2)
-    (directory / "generation_config.json").write_text(text, encoding="utf-8")
+    write_json(directory / "config.json", config)

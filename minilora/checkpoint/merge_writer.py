@@ -17,8 +17,13 @@ from torch import Tensor
 
 from minilora.checkpoint.hf import INDEX_FILE, load_quantized_layer, weight_map
 from minilora.checkpoint.hf_writer import save_config
+from minilora.checkpoint.model_record import (
+    RECORD_FILE,
+    ModelRecord,
+    find_model_record,
+    write_model_record,
+)
 from minilora.checkpoint.peft import EMBEDDING, PEFT_PREFIX, Adapter, check_tied_head
-from minilora.checkpoint.run_record import MERGED_DATA_FILE, TRAINER_STATE_FILE
 from minilora.checkpoint.tensor_files import (
     DTYPE_OF_CODE,
     TensorEntry,
@@ -26,7 +31,9 @@ from minilora.checkpoint.tensor_files import (
     read_tensor,
     write_safetensors,
 )
-from minilora.data.tokenizer import TOKENIZER_FILES
+from minilora.checkpoint.tokenizer_writer import plan_export, save_tokenizer
+from minilora.checkpoint.trainer_state import TRAINER_STATE_FILE
+from minilora.data.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer
 from minilora.distributed import REPLICATED
 from minilora.errors import UserError
 from minilora.files import read_json
@@ -191,9 +198,7 @@ def write_merged_weights(
 
 
 def write_other_files(base: Path, checkpoint: Path, target: Path, entries: FileEntries) -> None:
-    """Write the other files of a merged model: config.json, index, tokenizer, data settings.
-
-    Each tokenizer file is the checkpoint's if it has one of this name, else the base's.
+    """Write the other files of a merged model: config.json, index, tokenizer, minilora.json.
 
     Args:
         base: the directory of the base model.
@@ -205,8 +210,17 @@ def write_other_files(base: Path, checkpoint: Path, target: Path, entries: FileE
         index = _merged_index(read_json(base / INDEX_FILE), entries)
         (target / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
+    record = find_model_record(checkpoint, base)
+    _write_tokenizer(base, checkpoint, target, record)
+    if record is not None:
+        write_model_record(target, record.merged())
+
     hf_config = read_json(base / "config.json")
     hf_config.pop("quantization_config", None)
+    if record is not None and record.data.add_tokens:
+        tokenizer = Tokenizer(target)
+        if tokenizer.eos_token in record.data.add_tokens:
+            hf_config["eos_token_id"] = tokenizer.eos_id
     embedding = EMBEDDING.removeprefix(PEFT_PREFIX)
     dtypes: set[torch.dtype] = set()
     for file_entries in entries.values():
@@ -217,18 +231,29 @@ def write_other_files(base: Path, checkpoint: Path, target: Path, entries: FileE
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     save_config(target, hf_config, dtype)
 
-    for name in TOKENIZER_FILES:
-        source = checkpoint / name
-        if not source.is_file():
-            source = base / name
-        if source.is_file():
-            shutil.copyfile(source, target / name)
 
-    # infer.py reads the form of the prompts in training from this file
-    if (checkpoint / TRAINER_STATE_FILE).is_file():
-        data = read_json(checkpoint / TRAINER_STATE_FILE)["config"]["data"]
-        text = json.dumps({"data": data}, indent=2, ensure_ascii=False)
-        (target / MERGED_DATA_FILE).write_text(text, encoding="utf-8")
+def _write_tokenizer(
+    base: Path, checkpoint: Path, target: Path, record: ModelRecord | None
+) -> None:
+    """Write the tokenizer's files: all of them the checkpoint's, or else all of them the base's.
+
+    A file of the base beside the checkpoint's, such as a chat template, could contradict them.
+    generation_config.json is the model's too: it is the base's if the checkpoint has none.
+    """
+    source = checkpoint if has_tokenizer(checkpoint) else base
+    is_old = (
+        not (checkpoint / RECORD_FILE).is_file() and (checkpoint / TRAINER_STATE_FILE).is_file()
+    )
+    if record is not None and is_old:  # its files may not say what training did
+        tokenizer = Tokenizer(source)
+        save_tokenizer(tokenizer, target, plan_export(tokenizer, record.data))
+        return
+    for name in TOKENIZER_FILES:
+        file = source / name
+        if name == "generation_config.json" and not file.is_file():
+            file = base / name
+        if file.is_file():
+            shutil.copyfile(file, target / name)
 
 
 def _merged_index(index: dict, entries: FileEntries) -> dict:

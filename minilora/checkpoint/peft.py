@@ -211,12 +211,17 @@ def save_adapter(
 def base_model_name(raw: dict, where: str) -> tuple[str, str | None]:
     """Return (name, revision) of the base model that an adapter_config.json names.
 
+    The revision of a base that is a local directory is None, whatever the file says: a directory
+    has no revisions, and files of other programs name one all the same.
+
     Raises:
         UserError: it names none.
     """
     name = raw.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}/{CONFIG_FILE}: base_model_name_or_path names no base model")
+    if Path(name).expanduser().is_dir():
+        return name, None
     return name, raw.get("revision")
 
 

@@ -1,6 +1,13 @@
-"""How far a run has come: the part of trainer_state.json beside the config."""
+"""trainer_state.json: how far a run has come, with the run's whole config."""
 
+import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from minilora.config import Config
+from minilora.files import write_json
+
+TRAINER_STATE_FILE = "trainer_state.json"
 
 
 @dataclass
@@ -23,3 +30,11 @@ class TrainerState:
     """The best evaluation so far: its step, the name of the metric, and its value."""
     worse: int = 0
     """Evaluations since the best one."""
+    first_eval_step: int = 0
+    """Evaluations before this step were made on other evaluation sets."""
+
+
+def write_trainer_state(directory: Path, state: TrainerState, config: Config) -> None:
+    """Write trainer_state.json: the state's fields, and the config under "config"."""
+    content = {**dataclasses.asdict(state), "config": dataclasses.asdict(config)}
+    write_json(directory / TRAINER_STATE_FILE, content)

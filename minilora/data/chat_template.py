@@ -1,6 +1,7 @@
 """Chat templates: which one a run uses, and the sandbox that renders it as transformers does."""
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from minilora.errors import UserError
+from minilora.files import read_json_if_present
 
 # The form that Mistral-7B-Instruct was tuned with and OLLM trains on (arXiv 2410.23584): there is
 # no space after [/INST]. The test for alternating turns is that of Mistral's own template.
@@ -73,6 +75,62 @@ def find_chat_template(directory: Path, config: dict) -> str | None:
         by_name = {entry["name"]: entry["template"] for entry in template}
         return by_name.get("default")
     return template
+
+
+def other_templates(directory: Path) -> list[str]:
+    """Return the names of a model's chat templates beside the default one, such as "tool_use".
+
+    They are in tokenizer_config.json, or are files of additional_chat_templates/.
+    """
+    files = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    names = [file.stem for file in files]
+    template = read_json_if_present(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        names += [entry["name"] for entry in template if entry["name"] != "default"]
+    return names
+
+
+def write_bos_first(template: str, space_after: bool) -> str:
+    """Return a chat template that writes BOS, and then what `template` writes.
+
+    Args:
+        template: the template, which writes no BOS itself.
+        space_after: write a space after BOS.
+    """
+    # The line ends in a statement, after which the newline is dropped, so that `template` still
+    # begins a line: only there is white space before a statement dropped too.
+    return f"{{% if bos_token %}}{_bos_expression(space_after)}{{% endif %}}\n{template}"
+
+
+def write_bos_if_missing(template: str, space_after: bool) -> str:
+    """Return a chat template that writes BOS only where `template` does not begin with it.
+
+    Args:
+        template: the template, which writes BOS itself in some conversations.
+        space_after: write a space after a BOS that `template` did not write.
+    """
+    # jinja drops a newline at the end of a template, but not before a statement; the empty
+    # expression keeps other white space there, which it would drop before a statement
+    body = re.sub(r"\r?\n\Z", "", template) + "{{ '' }}"
+    # transformers would find the places of {% generation %} in the wrong text, and say nothing
+    body = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", body)
+    body = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", body)
+    return (
+        f"{{% set conversation_text %}}\n{body}{{% endset %}}\n"
+        "{% if not conversation_text.startswith(bos_token) %}"
+        f"{_bos_expression(space_after)}{{% endif %}}\n"
+        "{{ conversation_text }}"
+    )
+
+
+def has_generation_marks(template: str) -> bool:
+    """Return whether a chat template marks the assistant's text with `{% generation %}`."""
+    return re.search(r"\{%[-+]?\s*generation\b", template) is not None
+
+
+def _bos_expression(space_after: bool) -> str:
+    """Return the expression of a template that writes BOS."""
+    return "{{ bos_token + ' ' }}" if space_after else "{{ bos_token }}"
 
 
 def make_environment() -> jinja2.Environment:

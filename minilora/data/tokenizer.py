@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jinja2
 
+from minilora.config import DataConfig
 from minilora.data.chat_template import MISTRAL_TEMPLATE, find_chat_template, make_environment
 from minilora.data.tokenizer_backends import (
     Backend,
@@ -46,6 +47,8 @@ class Tokenizer:
         adds_bos: whether `encode` puts BOS before a text.
         chat_template: the jinja template of conversations.
         has_template: whether it was given or is the model's own. Otherwise it is MISTRAL_TEMPLATE.
+        generation_config: the content of generation_config.json, which may name more end tokens.
+        prompt_form: how prompts were written in the model's training; set by `minilora.load`.
     """
 
     def __init__(self, directory: str | Path, chat_template: str | None = None):
@@ -59,6 +62,8 @@ class Tokenizer:
             UserError: a file is missing, not readable, or wants remote code.
         """
         self.directory = Path(directory)
+        self.generation_config = read_json_if_present(self.directory / "generation_config.json")
+        self.prompt_form: DataConfig | None = None
         config = read_json_if_present(self.directory / "tokenizer_config.json")
         if "auto_map" in config:
             raise UserError(
@@ -175,14 +180,16 @@ class Tokenizer:
         These are EOS, what generation_config.json adds, and the token that ends a turn in the chat
         template (Qwen's base models end a turn with <|im_end|>, though their EOS is another).
         """
-        candidates: list[object] = [self.eos_id, self._end_of_turn()]
-        generation_config = read_json_if_present(self.directory / "generation_config.json")
-        configured = generation_config.get("eos_token_id")
+        candidates: list[object] = [self.eos_id, self.end_of_turn()]
+        configured = self.generation_config.get("eos_token_id")
         candidates += configured if isinstance(configured, list) else [configured]
         return {i for i in candidates if isinstance(i, int)}
 
-    def _end_of_turn(self) -> int | None:
-        """Return the first special token that the chat template writes after an answer."""
+    def end_of_turn(self) -> int | None:
+        """Return the id of the first special token that the chat template writes after an answer.
+
+        None if it writes none.
+        """
         answer = "!answer!"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         try:
@@ -216,6 +223,11 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UserError(f"chat template: {error}") from error
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory has a tokenizer of its own."""
+    return any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
 
 
 def _read_backend(directory: Path, config: dict) -> Backend:

@@ -21,6 +21,8 @@ import huggingface_hub
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from minilora import distributed
+from minilora.checkpoint.model_record import RECORD_FILE
+from minilora.checkpoint.peft import CONFIG_FILE as ADAPTER_CONFIG
 from minilora.config import Config
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.errors import UserError
@@ -36,13 +38,16 @@ RETRY_SECONDS = 1.0
 TRANSIENT_STATUSES = (408, 409, 412, 425, 429)
 """The HTTP status codes below 500 after which another try may succeed."""
 
-UPLOADED_FILES = (
-    "adapter_*",
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    *TOKENIZER_FILES,
-)
+ADAPTER_FILES = ("adapter_*",)
+"""Patterns of the files of an adapter."""
+
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+"""Patterns of the files of a whole model."""
+
+COMMON_FILES = (RECORD_FILE, *TOKENIZER_FILES)
+"""The files that both have."""
+
+UPLOADED_FILES = (*ADAPTER_FILES, *MODEL_FILES, *COMMON_FILES)
 """Patterns of the files of a checkpoint that are uploaded."""
 
 LOCAL_FILES = ("training_state*", "trainer_state.json", "manifest.json")
@@ -193,6 +198,9 @@ class HubUploader:
         if self.config.hub.private and not self.api.repo_info(self.repo_id).private:
             warning = "existed before and is public: everybody can read the checkpoints"
             distributed.log(f"hub.push: {self._url()} {warning}")
+        if self.config.method == "full" and self.api.file_exists(self.repo_id, ADAPTER_CONFIG):
+            warning = f"has an {ADAPTER_CONFIG}: programs will read that adapter, not the model"
+            distributed.log(f"hub.push: {self._url()} {warning}; choose another hub.repo_id")
         self.repository_is_ready = True
 
     def _stage(self, upload: Upload, step: int) -> None:
@@ -202,8 +210,7 @@ class HubUploader:
         """
         upload.staging.mkdir()
         for file in upload.checkpoint.iterdir():
-            is_wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in UPLOADED_FILES)
-            if is_wanted and file.is_file():
+            if _matches(file.name, UPLOADED_FILES) and file.is_file():
                 _link(file, upload.staging / file.name)
         for name, field in PATH_FIELDS.items():
             _hide_local_path(upload.staging / name, field)
@@ -256,14 +263,33 @@ class HubUploader:
                     raise
 
     def _commit(self, upload: Upload) -> None:
-        """Send the files and make the commit."""
+        """Send the files and make the commit; files of an earlier checkpoint are removed by it.
+
+        A file that this checkpoint does not have, such as a chat template, would change what the
+        files of this one mean. A whole model's weights stay beside an adapter, and the reverse.
+        """
         files = []
         for path in sorted(upload.staging.iterdir()):
             files.append(huggingface_hub.CommitOperationAdd(path.name, path))
         for file in files:
             # one by one: for several the client starts a thread pool (see the top of this file)
             self.api.preupload_lfs_files(self.repo_id, [file], free_memory=False)
-        self.api.create_commit(self.repo_id, files, commit_message=upload.message)
+
+        names = {file.path_in_repo for file in files}
+        replaced = ADAPTER_FILES if ADAPTER_CONFIG in names else MODEL_FILES
+        present = self.api.list_repo_files(self.repo_id)
+        stale = [
+            name
+            for name in present
+            if name not in names and _matches(name, (*replaced, *COMMON_FILES))
+        ]
+        removals = [huggingface_hub.CommitOperationDelete(name) for name in stale]
+        self.api.create_commit(self.repo_id, [*files, *removals], commit_message=upload.message)
+        if stale:
+            listed = ", ".join(stale)
+            distributed.log(
+                f"hub.push: {listed} of an earlier checkpoint removed from {self._url()}"
+            )
 
     def _note_failure(self, upload: Upload, error: Exception) -> None:
         """Remove an upload's staging directory and log why it failed, unless it was given up."""
@@ -322,6 +348,11 @@ def is_transient(error: BaseException | None) -> bool:
             return status >= 500 or status in TRANSIENT_STATUSES
         error = error.__cause__
     return True
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a file of this name matches one of the patterns and is in no directory."""
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _link(source: Path, target: Path) -> None:

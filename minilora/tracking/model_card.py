@@ -9,8 +9,8 @@ import huggingface_hub
 import jinja2
 
 from minilora import distributed
-from minilora.config import Config, ModelConfig, flatten_config
-from minilora.data.sources import parse_dataset_name
+from minilora.config import Config, flatten_config
+from minilora.data.dataset_files import parse_dataset_name
 
 CARD_SETTINGS = (
     "method",
@@ -33,8 +33,8 @@ ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 """The fields of adapter_config.json that the card shows, besides the target modules."""
 
 
-class _BaseModel(NamedTuple):
-    """The model that was trained."""
+class _ModelName(NamedTuple):
+    """The name of the model that was trained, or of the adapter that training began with."""
 
     name: str
     """A hub id or a local directory."""
@@ -63,18 +63,22 @@ def model_card(
     """
     is_full = config.method == "full"
     repo_id = repo_id or config.hub.repo_id or "owner/name"
-    base = _base_model(config.model)
+    base = _split_name(config.model.name, config.model.revision)
     from_scratch = is_full and config.model.init == "random"
 
     rows: dict[str, object] = {"training data": _training_data(config)}
     settings = flatten_config(config)
     rows.update({name: settings[name] for name in CARD_SETTINGS})
+    if config.data.file_formats:
+        rows["data.file_formats"] = _file_formats(config)
     rows["processes"] = distributed.world_size()
     if not is_full:
         rows.update(_adapter_settings(checkpoint))
+        if config.lora.init_from is not None:
+            rows["lora.init_from"] = _describe(_split_name(config.lora.init_from))
     rows.update(_last_figures(events, step))
 
-    base_text = _base_text(base)
+    base_text = _escape(_describe(base))
     if from_scratch:
         base_text += ", from random weights"
     load_arguments = json.dumps(repo_id)
@@ -102,29 +106,39 @@ def is_hub_id(name: str) -> bool:
     return has_form and not Path(name).exists()
 
 
-def _base_model(model: ModelConfig) -> _BaseModel:
-    """Split the base model's name from its revision: on the hub it may be "owner/name@revision"."""
-    name, _, at_revision = model.name.partition("@")
+def _split_name(full_name: str, revision: str | None = None) -> _ModelName:
+    """Split a name from its revision: on the hub it may be "owner/name@revision"."""
+    name, _, at_revision = full_name.partition("@")
     if is_hub_id(name):
-        return _BaseModel(name, model.revision or at_revision, is_on_hub=True)
-    return _BaseModel(model.name, model.revision or "", is_on_hub=False)
+        return _ModelName(name, revision or at_revision, is_on_hub=True)
+    return _ModelName(full_name, revision or "", is_on_hub=False)
 
 
-def _base_text(base: _BaseModel) -> str:
-    """Describe the base model in markdown."""
-    text = _escape(base.name if base.is_on_hub else Path(base.name).name)
-    if base.revision:
-        text += f" (revision {_escape(base.revision)})"
+def _describe(model: _ModelName) -> str:
+    """Describe a model without the path to it."""
+    text = model.name if model.is_on_hub else Path(model.name).name
+    if model.revision:
+        text += f" (revision {model.revision})"
     return text
 
 
 def _training_data(config: Config) -> str:
     """List the names of the training files and datasets."""
-    names = []
-    for name in config.data.train_files:
-        is_dataset = parse_dataset_name(name) is not None
-        names.append(name if is_dataset else Path(name).name)
-    return ", ".join(names)
+    return ", ".join(_data_name(name) for name in config.data.train_files)
+
+
+def _file_formats(config: Config) -> str:
+    """List the files that have a format of their own, with its name."""
+    data = config.data
+    return ", ".join(
+        f"{_data_name(name)}: {data.for_file(name).format}" for name in data.file_formats
+    )
+
+
+def _data_name(name: str) -> str:
+    """Return the name of a dataset, or that of a file without the path to it."""
+    is_dataset = parse_dataset_name(name) is not None
+    return name if is_dataset else Path(name).name
 
 
 def _adapter_settings(checkpoint: Path) -> dict[str, object]:
@@ -148,7 +162,7 @@ def _last_figures(events: list[dict], step: int) -> dict[str, object]:
 
 
 def _metadata(
-    config: Config, base: _BaseModel, from_scratch: bool
+    config: Config, base: _ModelName, from_scratch: bool
 ) -> huggingface_hub.ModelCardData:
     """Return the card's header: the metadata by which the hub lists and links the model."""
     is_full = config.method == "full"

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import minilora
+import train
 from helpers import tiny_tokenizers
 from helpers.checkpoints import DAMAGES, contents, names, short_run, written
 from helpers.tiny_models import random_tokens
@@ -121,6 +122,7 @@ TOKENIZER = {
     "chat_template.jinja",
     "generation_config.json",
 }
+RECORD = {"minilora.json"}
 RESUMING = {"trainer_state.json", "training_state.safetensors", "manifest.json"}
 WEIGHTS = {
     "lora": {"adapter_model.safetensors", "adapter_config.json"},
@@ -134,7 +136,7 @@ def test_files_of_a_checkpoint(method: str, name: str, runs: dict[str, Path]):
     """Exactly these, and every one readable without running code: JSON, safetensors or text."""
     directory = runs[method] / name
     files = {file.name: file for file in directory.iterdir()}
-    assert files.keys() == WEIGHTS[method] | TOKENIZER | RESUMING
+    assert files.keys() == WEIGHTS[method] | TOKENIZER | RECORD | RESUMING
     for file in files.values():
         if file.suffix == ".safetensors":
             assert load_file(file)
@@ -160,6 +162,37 @@ def test_full_weights_load_in_transformers(runs: dict[str, Path], hf: PreTrained
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-4)
     for name, weight in theirs.state_dict().items():
         assert not torch.equal(weight, hf.state_dict()[name]), f"{name} has not been trained"
+
+
+END = "<|end of turn|>"
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_an_added_end_token_is_the_eos_of_a_checkpoint(
+    method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of a full checkpoint in config.json too, and the user is told of it once."""
+    config = short_run(method, base, tmp_path / "out")
+    config.data.add_tokens = (END,)
+    config.lora.train_embeddings = method == "lora"
+    template = tmp_path / "turns.jinja"
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + END + "{% endfor %}"
+    template.write_text(turns)
+    config.data.chat_template = str(template)
+    assert train.main(config) == 0
+
+    printed = capsys.readouterr().err
+    assert printed.count(f"eos_token is {END}") == 1
+    assert printed.count("chat template writes <|begin_of_text|>") == 1
+    end_id = Tokenizer(base).vocab_size
+    eos_before = json.loads((base / "config.json").read_text())["eos_token_id"]
+    for name in ("checkpoint-3", "checkpoint-final"):
+        checkpoint = tmp_path / "out" / name
+        assert Tokenizer(checkpoint).eos_id == end_id != eos_before
+        assert AutoTokenizer.from_pretrained(checkpoint).eos_token == END
+        if method == "full":
+            assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] == end_id
+            assert AutoModelForCausalLM.from_pretrained(checkpoint).config.eos_token_id == end_id
 
 
 # --- a full disk ---

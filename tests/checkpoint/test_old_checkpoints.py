@@ -167,7 +167,9 @@ def sums_of(weights: Path) -> list[list[float]]:
 def merged(workspace: Workspace) -> Result:
     """Merge the adapter and ask the model; return its weights and its answers."""
     workspace.script("merge.py", ADAPTER, "--out", "merged again")
-    out, found = workspace.place / "merged again", asked(workspace, "merged again")
+    # the new model records that its training computed in float32; f38750d asked in its files' dtype
+    in_files_dtype = ("--dtype", "bfloat16")
+    out, found = workspace.place / "merged again", asked(workspace, "merged again", *in_files_dtype)
     found["everywhere"]["config.json"] = read_json(out / "config.json")
     found["hashes"]["model.safetensors"] = sha256((out / "model.safetensors").read_bytes())
     found["numbers"]["model.safetensors"] = sums_of(out / "model.safetensors")
@@ -200,10 +202,11 @@ def completed(workspace: Workspace) -> Result:
     }
 
 
-def asked(workspace: Workspace, model: str) -> Result:
+def asked(workspace: Workspace, model: str, *flags: str) -> Result:
     """Ask a merged model, in the form that its minilora.json gives."""
     command = "--input questions.jsonl --output others.jsonl --temperature 0".split()
-    workspace.script("infer.py", model, *command, "--max_new_tokens", "24", "--metrics", "loss")
+    command += ["--max_new_tokens", "24", "--metrics", "loss", *flags]
+    workspace.script("infer.py", model, *command)
     return {
         "everywhere": {"rows": [row["id"] for row in read_rows(workspace.place / "others.jsonl")]},
         "hashes": {"answers": sha256((workspace.place / "others.jsonl").read_bytes())},
@@ -211,10 +214,12 @@ def asked(workspace: Workspace, model: str) -> Result:
     }
 
 
+# f38750d kept adapters beside the weights, and had no argument to say so
 LOAD = """
-import json, sys
+import inspect, json, sys
 import minilora, torch
-model, tokenizer = minilora.load(sys.argv[1])
+has_fold = "fold" in inspect.signature(minilora.load).parameters
+model, tokenizer = minilora.load(sys.argv[1], **({"fold": False} if has_fold else {}))
 ids = tokenizer.encode("Title: Lute\\nA string instrument.").ids
 with torch.no_grad():
     logits = model(torch.tensor(ids), lengths=[len(ids)])

@@ -3,12 +3,23 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from helpers.checkpoints import short_run
-from minilora.checkpoint.resume import changed_fields, read_state
+from helpers.checkpoints import contents, names, short_run, written
+from minilora.checkpoint.checkpointer import latest_checkpoint
+from minilora.checkpoint.resume import (
+    changed_fields,
+    find_checkpoint,
+    read_state,
+    rename_superseded,
+)
+from minilora.checkpoint.trainer_state import TrainerState, write_trainer_state
+from minilora.config import Config, RowFormat
+from minilora.errors import UserError
+from minilora.files import write_directory
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -107,3 +118,101 @@ def test_changed_fields_ignores_settings_that_no_longer_exist(base: Path, tmp_pa
     saved["train"]["compile"] = False
     del saved["train"]["ema_decay"]
     assert changed_fields(config, saved) == []
+
+
+def test_changed_fields_leaves_the_table_of_formats_to_the_fingerprint(base: Path, tmp_path: Path):
+    """Its entries come and go: neither is an error."""
+    config = short_run("lora", base, tmp_path)
+    config.data.file_formats = {"old.csv": RowFormat(format="text")}
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    config.data.file_formats = {"new.v2.csv": RowFormat(format="prompt", chat=False)}
+    assert changed_fields(config, saved) == []
+
+
+def test_what_is_newer_is_set_aside_and_nothing_is_lost(tmp_path: Path):
+    """Twice: the second time its names are taken."""
+    for name in ("checkpoint-8", "checkpoint-16", "superseded-checkpoint-24"):
+        written(tmp_path / name, name)
+    for content in ("first", "second"):
+        for name in ("checkpoint-24", "checkpoint-final"):
+            written(tmp_path / name, content)
+        rename_superseded(tmp_path, 16)
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
+
+    kept = {name: contents(tmp_path / name)["weights"].decode() for name in names(tmp_path)}
+    assert kept == {
+        "checkpoint-8": "checkpoint-8",
+        "checkpoint-16": "checkpoint-16",
+        "superseded-checkpoint-24": "superseded-checkpoint-24",
+        "superseded-checkpoint-24-2": "first",
+        "superseded-checkpoint-24-3": "second",
+        "superseded-checkpoint-final": "first",
+        "superseded-checkpoint-final-2": "second",
+    }
+
+
+# ---- find_checkpoint, of checkpoints without a model
+
+BEST = {"step": 4, "metric": "eval/out_of_domain/loss", "value": 1.5}
+
+
+def save_state(config: Config, name: str = "checkpoint-8") -> Path:
+    """Write a checkpoint at step 8 that knows a best one and has nothing to train from."""
+    state = TrainerState(step=8, data="rows", docs_per_step=4, best=BEST, worse=2)
+    directory = Path(config.output_dir) / name
+    write_directory(directory, lambda target: write_trainer_state(target, state, config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("eval_file", "other.jsonl"), ("eval_size", 9), ("eval_first", True)]
+)
+def test_other_evaluation_sets_make_a_new_best(
+    field: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = Config(output_dir=str(tmp_path))
+    checkpoint = save_state(config)
+    found, state = find_checkpoint(config, tmp_path, "rows", 4)
+    assert (found, state.best, state.worse, state.first_eval_step) == (checkpoint, BEST, 2, 0)
+    assert capsys.readouterr().err == ""
+
+    setattr(config.data, field, value)
+    _, state = find_checkpoint(config, tmp_path, "rows", 4)
+    assert (state.best, state.worse, state.first_eval_step) == ({}, 0, 9)
+    assert f"does not count any more: data.{field} changed" in capsys.readouterr().err
+
+
+def test_a_branch_has_no_best_checkpoint_yet(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Its output directory does not have the one of the run that it branches off."""
+    checkpoint = save_state(Config(output_dir=str(tmp_path / "first")))
+    config = Config(output_dir=str(tmp_path / "second"))
+    config.train.resume = str(checkpoint)
+    found, state = find_checkpoint(config, tmp_path / "second", "rows", 4)
+    assert (found, state.best, state.worse, state.step) == (checkpoint, {}, 0, 8)
+    assert f"it was one of {tmp_path / 'first'}" in capsys.readouterr().err
+
+
+def test_a_branch_is_continued_by_the_same_command(tmp_path: Path):
+    """Also if the checkpoint that it began with is gone. With other settings it is refused."""
+    branched_off = save_state(Config(output_dir=str(tmp_path / "first")))
+    config = Config(output_dir=str(tmp_path / "second"))
+    config.train.resume = str(branched_off)
+    own = save_state(config, "checkpoint-12")
+    found, state = find_checkpoint(config, tmp_path / "second", "rows", 4)
+    assert (found, state.best) == (own, BEST)
+
+    other = copy.deepcopy(config)
+    other.train.learning_rate = 1e-3
+    with pytest.raises(UserError, match="has its own checkpoint-12"):
+        find_checkpoint(other, tmp_path / "second", "rows", 4)
+    shutil.rmtree(branched_off)
+    assert find_checkpoint(config, tmp_path / "second", "rows", 4)[0] == own
+
+
+@pytest.mark.parametrize("resume", ["latest", "True", ""])
+def test_a_word_that_is_not_a_checkpoint_names_the_choices(resume: str, tmp_path: Path):
+    config = Config(output_dir=str(tmp_path))
+    config.train.resume = resume
+    save_state(Config(output_dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"train\.resume.*or auto, never, last, best\)"):
+        find_checkpoint(config, tmp_path, "rows", 4)

@@ -10,7 +10,8 @@ import sentencepiece
 import transformers
 
 from helpers import tiny_tokenizers
-from minilora.checkpoint.hf_writer import save_tokenizer
+from minilora.checkpoint.tokenizer_writer import plan_export, save_tokenizer
+from minilora.config import DataConfig
 from minilora.data.chat_template import MISTRAL_TEMPLATE
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
@@ -342,7 +343,7 @@ def test_special_token_outside_the_vocabulary_is_named(tmp_path):
 
 @EVERY
 def test_saved_files_give_the_same_tokenizer(name, tmp_path):
-    save_tokenizer(ours(name), tmp_path)
+    save_tokenizer(ours(name), tmp_path, plan_export(ours(name), DataConfig()))
     reloaded = Tokenizer(tmp_path)
     assert reloaded.chat_template == ours(name).chat_template
     rendered = ours(name).render(CONVERSATIONS["three turns"], add_generation_prompt=True)
@@ -353,7 +354,8 @@ def test_saved_files_give_the_same_tokenizer(name, tmp_path):
 def test_saved_files_hold_a_replaced_template(tmp_path):
     """Pitfall row 35: a server reads the directory, and must render the prompts of training."""
     template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    save_tokenizer(Tokenizer(tiny_tokenizers.llama3(), template), tmp_path)
+    replaced = Tokenizer(tiny_tokenizers.llama3(), template)
+    save_tokenizer(replaced, tmp_path, plan_export(replaced, DataConfig()))
     messages = CONVERSATIONS["three turns"]
     tokenizer, server = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == template
@@ -388,7 +390,7 @@ def test_added_tokens_of_mistral_survive_saving(tmp_path, special):
     assert text[slice(*spans[ids.index(32001)])] == "[NODE]"
     assert tokenizer.vocab_size > max(ids)
 
-    save_tokenizer(tokenizer, tmp_path)
+    save_tokenizer(tokenizer, tmp_path, plan_export(tokenizer, DataConfig()))
     assert Tokenizer(tmp_path).encode(text) == (ids, spans)
     shown = tokenizer.decode(ids, skip_special_tokens=not special)
     assert "<edge>" in shown and "[NODE]" in shown, "only special tokens may be left out"

@@ -1,6 +1,7 @@
 """Models to be asked by infer.py, rows to ask them about, and transformers' answers to these."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -27,6 +28,7 @@ from minilora.config import (
     TrainConfig,
 )
 from minilora.data.tokenizer import Tokenizer
+from minilora.generation.arguments import ModelArgs
 
 NEW_TOKENS = 12
 TEXT = "Art in 서울?"
@@ -161,9 +163,19 @@ FORMATS = {
 # ---- answers
 
 
+def infer_args(model: str | Path, **flags) -> infer.Args:
+    """Return the arguments of infer.py for a model; `flags` are named as on the command line."""
+    args = infer.Args(ModelArgs(str(model)))
+    themes = [getattr(args, theme.name) for theme in dataclasses.fields(args)]
+    for name, value in flags.items():
+        (theme,) = [theme for theme in themes if hasattr(theme, name)]
+        setattr(theme, name, value)
+    return args
+
+
 def answer_file(model: Path, source: Path, target: Path, **options) -> bytes:
     """Run infer.py on a file; returns what the output then holds."""
-    assert infer.main(infer.Args(str(model), input=str(source), output=str(target), **options)) == 0
+    assert infer.main(infer_args(model, input=str(source), output=str(target), **options)) == 0
     return target.read_bytes()
 
 

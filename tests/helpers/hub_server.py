@@ -185,6 +185,11 @@ class Hub:
                 self.store[sha256(data)] = data
         return commit.id
 
+    def add_directory(self, repo: str, directory: Path) -> str:
+        """Commit a directory's files, without those in directories in it. Returns the commit."""
+        files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+        return self.add(repo, files)
+
     def fail(self, kind: str, fault: int | str, times: int = 1) -> None:
         """Let the next requests of a kind go wrong."""
         with self.lock:

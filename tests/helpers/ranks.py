@@ -116,6 +116,14 @@ def fit(config: Config) -> float:
     return time.perf_counter() - started
 
 
+def fit_logging(config: Config) -> list[str]:
+    """Train, and return what this process has logged."""
+    messages: list[str] = []
+    with mock.patch.object(distributed, "log", messages.append):
+        fit(config)
+    return messages
+
+
 def fit_counting(config: Config) -> list[tuple[int, torch.dtype]]:
     """Train, and return (elements, dtype) of every sum over processes."""
     real, sums = torch_distributed.all_reduce, []

@@ -23,6 +23,7 @@ from helpers.hub_server import Hub
 from helpers.tiny_runs import base_model
 from minilora.cli import load_config
 from minilora.config import Config
+from minilora.tracking.hub_upload import HubUploader
 from minilora.tracking.tracker import Tracker
 from minilora.training.ema import EMA
 
@@ -75,6 +76,8 @@ class Recipe:
     """Its directory in examples/."""
     max_new_tokens: int | None = None
     """Longest answer to the evaluation file, if infer.py's default takes too long."""
+    base_id: str | None = None
+    """The base's name on the hub; without one the run names it by its directory."""
 
 
 # The reasons are the same everywhere. A random model of this size learns nothing at a rate that is
@@ -126,6 +129,7 @@ RECIPES = {
         metrics=("numeric",),
         files="price",
         max_new_tokens=8,
+        base_id="tester/price-base",
     ),
     "kanana": Recipe(
         config="kanana",
@@ -185,6 +189,7 @@ def make_base(recipe: Recipe, directory: Path) -> Path:
 class Run:
     """What is left of a recipe that was trained twice, once with an interruption, and merged."""
 
+    name: str
     recipe: Recipe
     base: Path
     flags: list[str]
@@ -220,6 +225,11 @@ class Run:
 
     def config(self, out: Path, *flags: str) -> Config:
         return load_recipe(self.recipe.config, "--output_dir", str(out), *self.flags, *flags)
+
+    @property
+    def hub_id(self) -> str:
+        """The run's repository on the hub."""
+        return f"tester/{self.name.replace(' ', '-')}"
 
     def eval_losses(self) -> dict[int, float]:
         return events(self.whole, "eval/out_of_domain/loss")
@@ -271,8 +281,10 @@ def recorded_weights(weights: list[dict[str, Tensor]]) -> Iterator[None]:
 def run_recipe(name: str, base: Path, home: Path, hub: Hub) -> Run:
     """Train a recipe whole, and again with an interruption, and merge the result twice."""
     recipe = RECIPES[name]
-    flags = as_flags({**COMMON, **recipe.flags, "model.name": base})
-    run = Run(recipe, base, flags, home / name / "whole", home / name / "resumed", hub)
+    if recipe.base_id is not None:
+        hub.add_directory(recipe.base_id, base)
+    flags = as_flags({**COMMON, **recipe.flags, "model.name": recipe.base_id or base})
+    run = Run(name, recipe, base, flags, home / name / "whole", home / name / "resumed", hub)
 
     log = io.StringIO()
     with contextlib.redirect_stderr(log), recorded_weights(run.weights):
@@ -297,3 +309,63 @@ def run_recipe(name: str, base: Path, home: Path, hub: Hub) -> Run:
         assert merge.main(args) == 0
     run.verify_log = log.getvalue()
     return run
+
+
+# ---- where a model can be asked
+
+
+@dataclass
+class Place:
+    """A model, as infer.py and `minilora.load` are given it."""
+
+    model: str
+    adapter: str | None = None
+
+
+def push(run: Run) -> None:
+    """Upload a run's last checkpoint as train.py does, if it has not done so."""
+    if run.hub_id in run.hub.repos:
+        return
+    config = run.config(run.whole, "--hub.push", "True", "--hub.repo_id", run.hub_id)
+    uploader = HubUploader(config)
+    uploader.push(run.final, max(events(run.whole, "loss")), "final")
+    uploader.close(60)
+    assert run.hub_id in run.hub.repos
+
+
+def places_of(run: Run) -> dict[str, Place]:
+    """Return the places of a run's model: its checkpoint and the merged model, here and on the hub.
+
+    The merged model is the exact one: in float32, and over 4 bits of the weights trained over.
+    """
+    push(run)
+    run.hub.add_directory(f"{run.hub_id}-merged", run.exact)
+    on_hub = Place(str(run.base), adapter=run.hub_id)
+    if run.recipe.base_id is not None:
+        on_hub = Place(run.hub_id)
+    return {
+        "checkpoint": Place(str(run.final)),
+        "on the hub": on_hub,
+        "merged": Place(str(run.exact)),
+        "merged, on the hub": Place(f"{run.hub_id}-merged"),
+    }
+
+
+def places_of_full_model(home: Path, hub: Hub) -> dict[str, Place]:
+    """Take two steps of the full recipe, which pushes; return the places of its model."""
+    base = base_model(home / "full-base", "llama3", "llama3", torch_dtype="bfloat16", **SIZES)
+    flags: dict[str, object] = {
+        "model.name": base,
+        "train.learning_rate": 2e-3,
+        "train.max_steps": 2,
+        "eval.num_generate_samples": 0,
+        "data.eval_size": 2,
+        "hub.push": True,
+        "hub.repo_id": "tester/full",
+    }
+    out = home / "full"
+    assert train.main(load_recipe("full", "--output_dir", str(out), *as_flags(flags))) == 0
+    return {
+        "checkpoint": Place(str(out / "checkpoint-final")),
+        "on the hub": Place("tester/full"),
+    }

@@ -1,7 +1,6 @@
 """merge.py against PEFT's merge_and_unload: weights, logits, files, prompts, refusals."""
 
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import peft
 import pytest
 import torch
@@ -31,8 +31,10 @@ from helpers.tiny_models import config_json, in_bfloat16, random_tokens, tiny
 from minilora.build import build_for_inference
 from minilora.checkpoint import hf_writer
 from minilora.checkpoint.hf import INDEX_FILE
-from minilora.checkpoint.hf_writer import save_tokenizer, save_weights
+from minilora.checkpoint.hf_writer import save_weights
+from minilora.checkpoint.tokenizer_writer import plan_export, save_tokenizer
 from minilora.config import DataConfig, LoraConfig
+from minilora.data.added_tokens import tokenizer_with_added_tokens
 from minilora.data.chat_template import MISTRAL_TEMPLATE
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
@@ -292,7 +294,7 @@ def test_prompts_are_the_same_everywhere(name: str, template: str | None, tmp_pa
     base = base_of(hf, tmp_path / "base", tokenizer=name)
     in_training = Tokenizer(base, template)
     adapter = random_adapter(base, tmp_path / "adapter", LORA)
-    save_tokenizer(in_training, adapter)
+    save_tokenizer(in_training, adapter, plan_export(in_training, DataConfig()))
     out = merged(adapter)
 
     ours, theirs = Tokenizer(out), AutoTokenizer.from_pretrained(out)
@@ -307,12 +309,78 @@ def test_prompts_are_the_same_everywhere(name: str, template: str | None, tmp_pa
 
 
 def test_data_settings_of_training_are_kept(base: Path, tmp_path: Path):
+    """The merged model's record is the checkpoint's; its layers are now in 16 bits."""
     data = DataConfig(
         train_file="rows.jsonl", format="prompt", prompt_template="Q: {question}?", chat=False
     )
-    out = merged(random_adapter(base, tmp_path / "adapter", LORA, data))
-    saved = json.loads((out / "minilora.json").read_text())["data"]
-    assert saved == json.loads(json.dumps(dataclasses.asdict(data)))
+    adapter = random_adapter(base, tmp_path / "adapter", LORA, data)
+    trained = json.loads((adapter / "minilora.json").read_text())
+    assert trained["data"]["format"] == "prompt" and trained["data"]["chat"] is False
+    assert trained["data"]["prompt_template"] == "Q: {question}?"
+    saved = json.loads((merged(adapter) / "minilora.json").read_text())
+    assert saved["data"] == trained["data"]
+    assert saved["model"] == {**trained["model"], "bits": 16}
+
+
+@pytest.mark.parametrize("version", ["this one", "an older one"])
+def test_a_template_that_training_did_not_use_does_not_come_back(
+    version: str, base: Path, tmp_path: Path
+):
+    """Neither from the base nor from a checkpoint of an older version, which had one always."""
+    (base / "chat_template.jinja").write_text("{{ bos_token }}the base's")
+    data = DataConfig(format="text")
+    adapter = random_adapter(base, tmp_path / "adapter", LORA, data)
+    assert not (adapter / "chat_template.jinja").exists()
+    if version == "an older one":
+        (adapter / "minilora.json").unlink()
+        shutil.copyfile(base / "tokenizer_config.json", adapter / "tokenizer_config.json")
+        shutil.copyfile(base / "chat_template.jinja", adapter / "chat_template.jinja")
+    out = merged(adapter)
+    assert not (out / "chat_template.jinja").exists()
+    assert "chat_template" in json.loads((base / "tokenizer_config.json").read_text())
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+    assert not Tokenizer(out).has_template
+    assert gguf.SpecialVocab(out).chat_template is None
+
+
+@pytest.mark.parametrize("version", ["this one", "an older one"])
+def test_an_older_checkpoint_is_merged_with_the_bos_of_its_training(
+    version: str, base: Path, tmp_path: Path
+):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    adapter = random_adapter(base, tmp_path / "adapter", LORA, DataConfig(format="messages"))
+    if version == "an older one":
+        (adapter / "minilora.json").unlink()
+        (adapter / "chat_template.jinja").write_text(template)
+    theirs = AutoTokenizer.from_pretrained(merged(adapter))
+    found = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert found == prompt_ids(Tokenizer(base), CHAT)
+    assert found[0] == theirs.bos_token_id
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_an_added_end_token_is_the_merged_models_eos(name: str, tmp_path: Path):
+    """In config.json too: of a tokenizer.model, llama.cpp reads the ids there."""
+    end = "<|end of turn|>"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    with_end = tokenizer_with_added_tokens(tiny_tokenizers.BUILDERS[name](), (end,))
+    tokenizer = Tokenizer(with_end)
+    end_id = tokenizer.specials[end]
+    hf = tiny("llama3", vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+    base = base_of(hf, tmp_path / "base", tokenizer=name)
+    data = DataConfig(format="messages", add_tokens=(end,))
+    adapter = random_adapter(base, tmp_path / "adapter", LORA, data)
+    in_training = Tokenizer(with_end, template)
+    save_tokenizer(in_training, adapter, plan_export(in_training, data))
+
+    out = merged(adapter)
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == end_id
+    assert gguf.SpecialVocab(out).special_token_ids["eos"] == end_id
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == end_id
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == sorted([tokenizer.eos_id, end_id])
+    assert json.loads((base / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
 
 
 def test_adapter_saved_by_peft(base: Path, hf_llama: PreTrainedModel, tmp_path: Path):

@@ -94,10 +94,10 @@ def test_loading_in_4_bits_gives_the_logits_of_training(tmp_path: Path, base: Pa
     checkpoint = trained(tmp_path / "run", base)
     tokens = torch.randint(200, (40,), generator=torch.Generator().manual_seed(1))
     expected = logits_of(reference_model(base, 4, checkpoint), tokens)
-    for bits in (4, None):
-        model, _ = minilora.load(str(checkpoint), bits=bits)
+    for bits in ({"bits": 4}, {}):
+        model, _ = minilora.load(str(checkpoint), **bits)  # the default is as it was trained
         torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-3)
-    in_16_bits, _ = minilora.load(str(checkpoint))  # the default
+    in_16_bits, _ = minilora.load(str(checkpoint), bits=16)
     assert (in_16_bits(tokens) - expected).abs().max() > 0.1
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -21,14 +22,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import infer
+import merge
 import minilora
 import train
+from helpers.asking import infer_args
 from helpers.hub_server import Hub
 from helpers.qlora import logits_of, reference_model
-from helpers.recipes import RECIPES, ROOT, Run, events, make_base, read_rows, run_recipe
-from minilora.checkpoint.run_record import read_data_config
+from helpers.recipes import (
+    RECIPES,
+    ROOT,
+    Place,
+    Run,
+    events,
+    make_base,
+    places_of,
+    places_of_full_model,
+    read_rows,
+    run_recipe,
+)
+from minilora.checkpoint.model_record import read_model_record
+from minilora.config import DataConfig
 from minilora.data.prompts import prompt_for_row
 from minilora.data.tokenizer import Tokenizer
+from minilora.generation.jobs import Row
+from minilora.generation.prompting import PromptWriter
 
 pytestmark = pytest.mark.system
 
@@ -96,9 +113,16 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(run: Run):
         assert events(run.resumed, key) == events(run.whole, key) != {}
 
 
+def form_of(run: Run) -> DataConfig:
+    """Return the form of a merged model's prompts."""
+    record = read_model_record(run.merged)
+    assert record is not None
+    return record.data
+
+
 def tokens_of(run: Run) -> Tensor:
     """Return two rows of the evaluation file as they are asked, end to end."""
-    data = read_data_config(str(run.merged), None, None, False)
+    data = form_of(run)
     tokenizer = Tokenizer(run.merged)
     tokens: list[int] = []
     for row in read_rows(run.eval_file)[:2]:
@@ -228,7 +252,7 @@ def tokens_before_last_answer(ids: list[int], labels: list[int]) -> list[int]:
 def test_row_is_asked_as_it_was_trained(run: Run, tmp_path: Path):
     """The prompt's tokens are those before the last answer in training, and transformers'."""
     documents = preview(run, tmp_path, "--data.train_file", str(run.eval_file))
-    data = read_data_config(str(run.merged), None, None, False)
+    data = form_of(run)
     ours = Tokenizer(run.merged)
     theirs = transformers.AutoTokenizer.from_pretrained(run.merged)
     compared = 0
@@ -242,6 +266,89 @@ def test_row_is_asked_as_it_was_trained(run: Run, tmp_path: Path):
         assert asked == tokens_before_last_answer(document["input_ids"], document["labels"])
         compared += 1
     assert compared >= 2
+
+
+ASKED = ("wiki", "price", "kanana", "instruct llama3", "full")
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_model_is_asked_alike_wherever_it_is(
+    name: str, runs: Runs, home: Path, hub: Hub, tmp_path: Path
+):
+    """By infer.py and by `minilora.load`, without a word on bits or on the form of prompts.
+
+    The arithmetic is float32: in 16 bits an adapter that is merged rounds otherwise than one that
+    is not. The checkpoint is asked in the dtype of its training too.
+    """
+    if name == "full":
+        places, files = places_of_full_model(home, hub), "wiki"
+    else:
+        places, files = places_of(runs(name)), RECIPES[name].files
+    rows = read_rows(ROOT / "examples" / files / "eval.jsonl")[:3]
+
+    expected = ask_with_load(places["checkpoint"], rows, "float32")
+    assert len({ids for ids, _ in expected}) == len(rows)
+    for where, place in places.items():
+        assert ask_with_load(place, rows, "float32") == expected, where
+        assert ask_with_infer(place, rows, "float32", tmp_path / where) == expected, where
+
+    here, there = places["checkpoint"], places["on the hub"]
+    assert ask_with_load(there, rows, "auto") == ask_with_load(here, rows, "auto")
+
+
+Answers = list[tuple[tuple[int, ...], str]]
+"""The ids of each prompt, and the answer to it."""
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0, "stop": ()}
+
+
+def ask_with_infer(place: Place, rows: list[dict], dtype: str, directory: Path) -> Answers:
+    """Ask infer.py, which writes to a directory."""
+    directory.mkdir()
+    source, output = directory / "rows.jsonl", directory / "answers.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    seen: list[tuple[int, ...]] = []
+    real = infer.encode_rows
+
+    def encode_rows(writer: PromptWriter, rows: list[Row], source: str) -> dict:
+        prompts = real(writer, rows, source)
+        seen.extend(tuple(ids) for ids in prompts.values())
+        return prompts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer, "encode_rows", encode_rows)
+        options = {"input": str(source), "output": str(output), "dtype": dtype, **GREEDY}
+        assert infer.main(infer_args(place.model, adapter=place.adapter, **options)) == 0
+    answers = [row["generated"] for row in read_rows(output)]
+    return list(zip(seen, answers, strict=True))
+
+
+def ask_with_load(place: Place, rows: list[dict], dtype: str) -> Answers:
+    """Ask in Python."""
+    model, tokenizer = minilora.load(place.model, place.adapter, dtype=dtype)
+    prompts = [minilora.format_prompt(tokenizer, row) for row in rows]
+    ids = [tuple(tokenizer.encode(prompt).ids) for prompt in prompts]
+    answers = minilora.generate(model, tokenizer, prompts, **GREEDY)
+    return list(zip(ids, answers, strict=True))
+
+
+def test_price_by_its_id_is_measured_and_merged_as_it_was_trained(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = runs("price")
+    output, out = tmp_path / "answers.jsonl", tmp_path / "merged"
+    files = {"input": str(run.eval_file), "output": str(output)}
+    options = {"metrics": ("numeric",), "max_new_tokens": 8}
+    assert infer.main(infer_args(run.hub_id, **files, **options)) == 0
+    figures = json.loads((tmp_path / "answers.metrics.json").read_text())
+    assert figures["answers"] == len(read_rows(run.eval_file))
+    assert figures["numeric/parsed"] > 0.5
+
+    capsys.readouterr()
+    assert merge.main(merge.Args(run.hub_id, out=str(out), verify=True)) == 0
+    printed = capsys.readouterr().out
+    assert "largest logit gap to the live 4-bit base + adapter" in printed
+    local = (run.merged / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == local
 
 
 # ---- the answers to the evaluation file
@@ -304,7 +411,7 @@ def test_evaluation_file_is_answered_and_scored(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     output, rows, names = tmp_path / "answers.jsonl", read_rows(run.eval_file), run.recipe.metrics
-    args = infer.Args(
+    args = infer_args(
         str(run.merged),
         input=str(run.eval_file),
         output=str(output),

@@ -30,10 +30,11 @@ from helpers.added_token_runs import (
     vocab_size,
     write_rows,
 )
+from helpers.asking import infer_args
 from helpers.build import build
 from helpers.tiny_models import tiny
 from helpers.tiny_runs import base_model, losses, metrics
-from minilora.checkpoint.hf_writer import save_tokenizer
+from minilora.checkpoint.tokenizer_writer import plan_export, save_tokenizer
 from minilora.config import LoraConfig
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import RunError, UserError
@@ -139,7 +140,8 @@ def test_train_resume_merge_reload(name: str, bases, tmp_path, capsys):
         answer.append(int(logits_of(reference, torch.tensor(ids + answer))[-1].argmax()))
     expected_answer = tokenizer.decode_after(ids, answer).strip()
     for directory in (checkpoint, merged):
-        assert infer.main(infer.Args(str(directory), prompt="a<edge>music ", max_new_tokens=8)) == 0
+        args = infer_args(directory, prompt="a<edge>music ", max_new_tokens=8)
+        assert infer.main(args) == 0
         assert capsys.readouterr().out.strip() == expected_answer
 
 
@@ -174,7 +176,7 @@ def test_no_checkpoint_without_its_tokenizer(bases, tmp_path):
     shutil.rmtree(tokenizer.directory)
     (tmp_path / "saved").mkdir()
     try:
-        save_tokenizer(tokenizer, tmp_path / "saved")
+        save_tokenizer(tokenizer, tmp_path / "saved", plan_export(tokenizer, run.data))
     except (UserError, RunError, OSError):
         return
     specials = Tokenizer(tmp_path / "saved").specials
@@ -199,7 +201,7 @@ def test_metrics_compare_answers_with_references_as_they_are_shown(bases, tmp_pa
     checkpoint = fit(run_config(tmp_path, bases["llama2"]))
     source, target = write_rows(tmp_path / "asked.jsonl", 3), tmp_path / "answers.jsonl"
     for _ in range(2):
-        args = infer.Args(
+        args = infer_args(
             str(checkpoint),
             input=source,
             output=str(target),

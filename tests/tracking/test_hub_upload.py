@@ -89,7 +89,7 @@ def test_an_adapter_is_one_commit_of_what_makes_it_usable(
     # large, although .gitattributes does not say so
     (checkpoint / "tokenizer.json").write_bytes(b"{" + b" " * 11_000_000 + b"}")
     expected = uploadable_files(checkpoint)
-    names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "minilora.json"}
     assert names | {"chat_template.jinja"} <= expected.keys()
 
     push_final(config, "step 3: loss 1.23")
@@ -106,6 +106,24 @@ def test_an_adapter_is_one_commit_of_what_makes_it_usable(
     assert uploadable_files(checkpoint) == expected
 
 
+def test_files_of_an_earlier_checkpoint_are_removed(
+    hub: Hub, config: Config, capfd: pytest.CaptureFixture
+):
+    """A chat template would be used although this checkpoint has none. Other files stay."""
+    others = {
+        "notes.txt": b"of the user",
+        "adapter_notes/config.json": b"{}",
+        "model.safetensors": b"a whole model, which an adapter may lie beside",
+    }
+    hub.add(NAME, {**others, "chat_template.jinja": b"{{ old }}"})
+    (final(config) / "chat_template.jinja").unlink(missing_ok=True)
+    push_final(config)
+    assert uploaded_files(hub) == uploadable_files(final(config)) | others
+    assert commit_messages(hub) == ["add files", "step 3"]
+    message = f"chat_template.jinja of an earlier checkpoint removed from {hub.url}/{NAME}"
+    assert message in capfd.readouterr().err
+
+
 def test_a_full_model_in_shards(hub: Hub, config: Config):
     checkpoint = final(config)
     shutil.rmtree(checkpoint)
@@ -113,6 +131,7 @@ def test_a_full_model_in_shards(hub: Hub, config: Config):
     uploaded = [
         "config.json",
         "generation_config.json",
+        "minilora.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
@@ -127,6 +146,22 @@ def test_a_full_model_in_shards(hub: Hub, config: Config):
     push_final(config)
     assert uploaded_files(hub) == {name: f"the bytes of {name}".encode() for name in uploaded}
     assert commit_messages(hub) == ["step 3"]
+
+
+def test_a_full_model_over_an_adapter_is_warned_about(
+    hub: Hub, config: Config, capfd: pytest.CaptureFixture
+):
+    """Its files would be read as those of the adapter, which stays: it is the user's."""
+    hub.add(NAME, {"adapter_config.json": b"{}", "model-00009-of-00009.safetensors": b"old"})
+    config.method = "full"
+    checkpoint = final(config)
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"new")
+    push_final(config)
+    expected = {"adapter_config.json": b"{}", "model.safetensors": b"new"}
+    assert uploaded_files(hub) == expected
+    assert "has an adapter_config.json" in capfd.readouterr().err
 
 
 def test_a_repository_of_ones_own_account_keeps_its_visibility(

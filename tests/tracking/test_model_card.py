@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from minilora.config import Config
+from minilora.config import Config, RowFormat
 from minilora.tracking.model_card import model_card
 
 NAME = "tester/adapter"
@@ -52,6 +52,20 @@ def test_a_revision_in_the_name_of_the_base(config: Config, checkpoint: Path):
     assert "(revision v2)" in card
 
 
+@pytest.mark.parametrize(
+    ("init_from", "shown"),
+    [("owner/first@best", "owner/first (revision best)"), ("/home/someone/first", "first")],
+)
+def test_the_adapter_that_training_began_with(
+    config: Config, checkpoint: Path, init_from: str, shown: str
+):
+    config.lora.init_from = init_from
+    card = model_card(config, checkpoint, [], step=3)
+    assert rf"| lora.init\_from | {shown} |" in card and "someone" not in card
+    config.lora.init_from = None
+    assert "init" not in model_card(config, checkpoint, [], step=3)
+
+
 def test_a_full_model(config: Config, tmp_path: Path):
     config.method, config.model.name = "full", "owner/base"
     config.data.train_file = ("/home/someone/a.jsonl", "b.jsonl")
@@ -73,6 +87,15 @@ def test_datasets_of_the_hub_are_in_the_header(config: Config, checkpoint: Path)
     card = model_card(config, checkpoint, [], step=3)
     assert header_of(card)["datasets"] == ["owner/rows"]
     assert "owner/rows@v1:train, local.jsonl" in card
+
+
+def test_files_with_a_format_of_their_own(config: Config, checkpoint: Path):
+    config.data.train_file = ("/home/someone/a.jsonl", "owner/rows")
+    formats = {"/home/someone/a.jsonl": RowFormat("messages"), "owner/rows": RowFormat(chat=False)}
+    config.data.file_formats = formats
+    card = model_card(config, checkpoint, [], step=3)
+    assert r"| data.file\_formats | a.jsonl: messages, owner/rows: paths |" in card
+    assert "someone" not in card
 
 
 @pytest.mark.parametrize(
