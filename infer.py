@@ -2,168 +2,167 @@
 neither, chat with it.
 
 MODEL is a hub id, a directory in HF layout, or a checkpoint of train.py; a checkpoint names its
-base model itself. If train.py trained the model, prompts have the form that they had in training.
-A job that was stopped is resumed by the same command; under torchrun each process answers its
-share. --metrics and --judge score the answers.
+base model itself. If train.py trained the model, prompts have the form that they had in training;
+--config and other flags give it another form. A job that was stopped is resumed by the same
+command; under torchrun each process answers its share. --metrics and --judge score the answers,
+and --compare shows them beside those of another model.
 """
 
-import dataclasses
 import datetime
-import math
-import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import NoReturn
 
 import tyro
 
-import minilora
 from minilora import distributed
-from minilora.checkpoint.run_record import read_data_config
 from minilora.cli import run_script
 from minilora.config import DataConfig
-from minilora.data.tokenizer import Tokenizer
+from minilora.config_files import load_config_file
 from minilora.errors import RunError, UserError
 from minilora.evaluation import score_answers
+from minilora.evaluation.compare import compare_table, other_model_figures, read_other
 from minilora.evaluation.judge import JudgeEndpoint, check_judge
+from minilora.evaluation.ontology import Figures, Thresholds
 from minilora.evaluation.rubric import Rubric
 from minilora.evaluation.text import check_metrics
-from minilora.files import read_json
 from minilora.generation.answering import (
     TextGenerator,
     answer_samples,
     check_rows_unchanged,
-    encode_prompts,
+    note_long_prompts,
     wanted_samples,
 )
+from minilora.generation.arguments import (
+    Args,
+    check,
+    check_samples_differ,
+    job_settings,
+    sampling_params,
+)
 from minilora.generation.chat import chat, check_stdin
-from minilora.generation.jobs import Job, read_input_rows, weight_file_times
+from minilora.generation.jobs import Job, Row, read_input_rows, weight_file_times
+from minilora.generation.prompting import PromptWriter, encode_rows, make_prompt_writer
 from minilora.generation.sampling import SamplingParams
-from minilora.hub import resolve
-from minilora.model.lora import merge_adapters
-
-# the sampling settings for a model that was trained on category paths: OLLM's (arXiv 2410.23584)
-PATHS_DEFAULTS = SamplingParams(max_new_tokens=1024, temperature=0.1, top_p=0.9, stop=("\n\n",))
-SAMPLING_FLAGS = (
-    "max_new_tokens temperature top_p top_k repetition_penalty stop seed max_time"
-).split()
-# the flags that decide an answer: a job can be resumed only with the same values. --batch_size is
-# not among them: it changes answers only through rounding in 16 bits
-DECISIVE_FLAGS = (
-    "model adapter revision max_new_tokens temperature top_p top_k repetition_penalty stop "
-    "num_samples seed raw dtype bits fold"
-).split()
+from minilora.loading import ModelFiles, find_model, load_files
 
 
-@dataclass
-class Args:
-    """Generate text with a model: for one prompt, for the rows of a file, or in a chat."""
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model before its weights are loaded: its files, and how it is asked."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Hub id, directory in HF layout, or a checkpoint of train.py."""
-    adapter: str | None = None
-    """PEFT adapter (directory or hub id) to put on the model."""
-    prompt: str | None = None
-    """Answer this one prompt; the answer goes to stdout."""
-    input: str | None = None
-    """Rows with the columns of the training format, or {"prompt": ...}: JSONL, or any kind that
-    data.train_file takes."""
-    output: str | None = None
-    """JSONL to write: each input row with "id" and "generated" added. Rows that it has already are
-    not asked again."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens (default 256; 1024 for a model trained on category paths)."""
-    temperature: float | None = None
-    """0 is greedy (default 0; 0.1 for paths)."""
-    top_p: float | None = None
-    """Nucleus sampling: the smallest set of tokens with this much probability (default 1, all; 0.9
-    for paths)."""
-    top_k: int = 0
-    """Sample from the k most probable tokens only; 0: all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens seen in the prompt or answer become less likely (CTRL, arXiv 1909.05858)."""
-    stop: tuple[str, ...] | None = None
-    """Answers end before any of these strings (default none; an empty line for paths). A newline:
-    --stop $'\\n'."""
-    max_time: float | None = None
-    """Stop after this many seconds; the same command resumes the job later."""
-    num_samples: int = 1
-    """Answers per prompt."""
-    batch_size: int = 16
-    """Answers decoded together. It does not change them, except through rounding in 16 bits."""
-    seed: int = 0
-    """The random draws of each answer are a function of the seed and the answer's number."""
-    raw: bool = False
-    """Give the prompt to the model as it is, without the chat template."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute dtype."""
-    bits: Literal[16, 8, 4] | None = None
-    """Width of the linear layers' weights; default: that of the base in the adapter's training,
-    or that of the model's files."""
-    fold: bool = True
-    """Merge the adapter into 16-bit weights first, as merge.py does: faster. --no-fold keeps it
-    beside them, as in training."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    metrics: tuple[str, ...] = ()
-    """Compare the answers with the rows' own: loss ppl exact_match bleu chrf rouge meteor
-    edit_distance numeric graph. Printed and written to OUTPUT.metrics.json; graph also writes the
-    answers' paths as a graph, to OUTPUT.graph.json."""
-    prune_on: str | None = None
-    """With --metrics graph: answers to an evaluation set (an earlier --output). The pruning
-    thresholds (OLLM's) with the best edge F1 there are applied here."""
-    judge: str | None = None
-    """URL of an OpenAI-compatible endpoint that scores each answer; its key is read from the
-    environment, OPENAI_API_KEY."""
-    judge_model: str = ""
-    """Name of the judge's model."""
-    rubric: str | None = None
-    """JSON with the criteria: see examples/rubric.json."""
-    judge_requests: int = 8
-    """Requests to the judge at once."""
+    files: ModelFiles
+    writer: PromptWriter
+    """Writes its prompts."""
+    params: SamplingParams
 
 
 def main(args: Args) -> int:
     """Answer a prompt, the rows of a file, or the lines of a chat; return the exit code."""
     check(args)
+    question, scoring = args.question, args.scoring
+    check_metrics(scoring.metrics, "--metrics")
     rubric = None
-    if args.judge:
-        rubric = check_judge(args.judge, args.judge_model, args.rubric or "")
+    if scoring.judge:
+        rubric = check_judge(scoring.judge, scoring.judge_model, scoring.rubric or "")
 
-    if args.input is not None and args.output is not None:
-        return answer_file(args, args.input, args.output, rubric)
-    if args.prompt is not None:
-        return answer_prompt(args, args.prompt)
+    if question.input is not None and question.output is not None:
+        return answer_file(args, question.input, question.output, rubric)
+    if question.prompt is not None:
+        return answer_prompt(args, question.prompt)
     check_stdin()  # before the model is loaded
-    chat(load(args))
+    chat(load(args, prepare(args)))
+    return 0
+
+
+def prepare(args: Args) -> PreparedModel:
+    """Find the model's files, read its tokenizer, and choose the form of its prompts."""
+    model = args.model
+    files = find_model(model.name, model.adapter, model.revision, model.adapter_revision)
+    config = None
+    if args.form.config is not None:
+        config = form_of_config(args.form.config, args.question.input)
+    writer = make_prompt_writer(files, args.form, config)
+    if config is not None:
+        note_missing_tokens(config, writer)
+    params = sampling_params(args.sampling, writer.data.format)
+    check_samples_differ(args.question.num_samples, params)
+    return PreparedModel(files, writer, params)
+
+
+def form_of_config(path: str, source: str | None) -> DataConfig:
+    """Return the form of prompts in a config file: that of the input file, if it has its own."""
+    data = load_config_file(path).data
+    for name in data.file_formats:
+        if source is not None and Path(name).resolve() == Path(source).resolve():
+            return data.for_file(name)
+    return data.asked_form
+
+
+def note_missing_tokens(config: DataConfig, writer: PromptWriter) -> None:
+    """Log a note if a config adds tokens that the model does not have."""
+    missing = [token for token in config.add_tokens if token not in writer.tokenizer.specials]
+    if missing:
+        distributed.log(
+            f"note: --config adds {', '.join(missing)}, which this model does not have: "
+            "it reads them as ordinary text"
+        )
+
+
+def load(args: Args, prepared: PreparedModel) -> TextGenerator:
+    """Load the weights of a prepared model."""
+    model = load_files(prepared.files, args.model.dtype, args.model.bits, fold=args.model.fold)
+    return TextGenerator(model, prepared.writer, prepared.params, args.question.batch_size)
+
+
+def answer_prompt(args: Args, prompt: str) -> int:
+    """Print the answers to one prompt."""
+    prepared = prepare(args)
+    ids = prepared.writer.encode_text(prompt)
+    if not ids:
+        raise UserError("--prompt: it is empty: there is nothing to continue")
+    generator = load(args, prepared)
+    num_samples = args.question.num_samples
+    answers = dict(generator.stream([ids] * num_samples, range(num_samples)))
+    texts = [generator.text_so_far(ids, answer) for _, answer in sorted(answers.items())]
+    print("\n---\n".join(texts))
     return 0
 
 
 def answer_file(args: Args, source: str, output: str, rubric: Rubric | None) -> int:
     """Answer the rows of `source` that have no answer in `output` yet, then score all answers."""
-    rows = read_input_rows(source)
+    rows = read_input_rows(source, args.question.limit)
     if not rows:
         raise UserError(f"--input: {source!r} has no rows")
-    if args.metrics:
-        data = read_data_config(args.model, args.adapter, args.revision, args.raw)
-        score_answers.check_references(source, rows, data, args.metrics)
+    prepared = prepare(args)
+    samples = wanted_samples(rows, args.question.num_samples)
+    check_scores(args, source, rows, prepared, rubric)
 
     # a process that has finished its share waits for the others, possibly for days
     timeout = datetime.timedelta(days=7)
     distributed.init_process_group(distributed.default_device(), timeout=timeout)
-    samples = wanted_samples(rows, args.num_samples)
-    job = Job(output, job_settings(args), [sample.key for sample in samples])
+    job = Job(output, settings_of_job(args, prepared), [sample.key for sample in samples])
     check_rows_unchanged(samples, job, source, output)
+    missing = [sample for sample in samples if sample.key not in job.done]
+    if args.scoring.compare and missing:  # a mistake in it is reported before the model is loaded
+        read_other(args.scoring.compare, [sample.output_row("") for sample in samples])
+
+    rows_missing = {sample.row_id: sample.row for sample in missing}
+    prompts = encode_rows(prepared.writer, list(rows_missing.values()), source)
+    todo = [sample for sample in missing if sample.row_id in prompts]
+    num_done = len(samples) - len(missing)
+    num_wanted = num_done + len(todo)
+    if num_wanted == 0:
+        raise UserError(f"--input: the chat template refuses every row of {source!r}")
 
     generator = None
-    todo = [sample for sample in samples if sample.key not in job.done]
     if todo:
-        if len(todo) < len(samples):
-            num_done = len(samples) - len(todo)
-            distributed.log(f"{num_done} of {len(samples)} answers are there already")
-        generator = load(args)
-        prompts = encode_prompts(generator, rows, source)
+        if num_done > 0:
+            distributed.log(f"{num_done} of {num_wanted} answers are there already")
+        generator = load(args, prepared)
+        note_long_prompts(prompts.values(), generator.model)
         try:
             answer_samples(generator, prompts, todo, job)
         except KeyboardInterrupt:
@@ -175,171 +174,138 @@ def answer_file(args: Args, source: str, output: str, rubric: Rubric | None) -> 
             raise RunError(message) from error
 
     answers = job.finish()
-    message = f"{len(answers)} of {len(samples)} answers: {output}"
-    if len(answers) < len(samples):
-        message += "; the same command goes on"
-    distributed.log(message)
+    goes_on = "; the same command goes on" if len(answers) < num_wanted else ""
+    distributed.log(f"{len(answers)} of {num_wanted} answers: {output}{goes_on}")
     distributed.destroy_process_group()
     if distributed.rank() == 0 and answers:  # the other processes are done
-        score(args, source, Path(output), answers, generator, rubric)
+        score(args, prepared, generator, answers, rubric)
     return 0
+
+
+def settings_of_job(args: Args, prepared: PreparedModel) -> dict:
+    """Return what decides the answers besides the rows: flags, form, and the weights' times."""
+    settings = job_settings(args)
+    if prepared.writer.changes:
+        settings["form"] = prepared.writer.changes
+    files = prepared.files
+    if args.model.adapter is not None:
+        directories = [files.base, files.adapter]
+    else:
+        directories = [files.adapter or files.base]  # an adapter names its base
+    settings["written"] = weight_file_times([path for path in directories if path is not None])
+    settings["prompts"] = prepared.writer.digest()
+    return settings
+
+
+# ---- scores
+
+
+def check_scores(
+    args: Args, source: str, rows: Sequence[Row], prepared: PreparedModel, rubric: Rubric | None
+) -> None:
+    """Check that rows have what metrics and judge need. Raises UserError naming file and line."""
+    data = prepared.writer.data
+    if args.scoring.metrics:
+        score_answers.check_references(source, rows, data, args.scoring.metrics)
+    if rubric is not None:
+        score_answers.check_judge_references(source, rows, data, rubric)
 
 
 def score(
     args: Args,
-    source: str,
-    output: Path,
-    answers: list[dict],
+    prepared: PreparedModel,
     generator: TextGenerator | None,
+    answers: list[dict],
     rubric: Rubric | None,
 ) -> None:
     """Score answers with --metrics and --judge.
 
     Args:
         args: the command's arguments.
-        source: the input file.
-        output: the output file; figures and verdicts are written beside it.
-        answers: its rows.
-        generator: the model if it is loaded already; None: it is loaded here if --metrics has loss
-            or ppl.
+        prepared: the model.
+        generator: the same with its weights if they are loaded already; None: they are loaded here
+            if --metrics has loss or ppl.
+        answers: the rows of the output; figures and verdicts are written beside it.
         rubric: the judge's criteria, with --judge.
     """
-    if generator is not None:
-        data = generator.data
-    else:
-        data = read_data_config(args.model, args.adapter, args.revision, args.raw)
+    scoring, data = args.scoring, prepared.writer.data
+    output = Path(args.question.output or "")
+    if scoring.metrics:
+        thresholds = None
+        if scoring.prune_on:
+            thresholds = score_answers.find_thresholds(scoring.prune_on, data)
+        graph_file = output.with_name(output.stem + ".graph.json")
+        figures = answer_figures(args, prepared, answers, thresholds, graph_file)
+        if set(scoring.metrics) & set(score_answers.MODEL_METRICS):
+            generator = generator or load(args, prepared)
+            source, limit = args.question.input or "", args.question.limit
+            figures |= score_answers.model_figures(generator, source, scoring.metrics, limit)
 
-    if args.metrics:
-        tokenizer: Tokenizer | None
-        if generator is not None:
-            tokenizer = generator.tokenizer
+        if scoring.compare:
+            score_answers.write_figures(figures, output)
+            compare(args, prepared, answers, figures, thresholds)
         else:
-            tokenizer = score_answers.find_tokenizer(args.model, args.adapter, args.revision)
-        references = score_answers.visible_references(answers, data, tokenizer)
-        figures = score_answers.text_figures(answers, references, args.metrics)
-        if set(args.metrics) & set(score_answers.MODEL_METRICS):
-            if generator is None:
-                generator = load(args)
-            figures |= score_answers.model_figures(generator, source, args.metrics)
-        if "graph" in args.metrics:
-            thresholds = None
-            if args.prune_on:
-                thresholds = score_answers.find_thresholds(args.prune_on, data)
-            graph_file = output.with_name(output.stem + ".graph.json")
-            figures |= score_answers.graph_figures(answers, references, thresholds, graph_file)
-        score_answers.report_figures(figures, output)
+            score_answers.report_figures(figures, output)
 
-    if args.judge and rubric is not None:
-        endpoint = JudgeEndpoint(args.judge, args.judge_model, args.judge_requests)
+    if scoring.judge and rubric is not None:
+        endpoint = JudgeEndpoint(scoring.judge, scoring.judge_model, scoring.judge_requests)
         score_answers.judge_answers(output, endpoint, rubric, data)
 
 
-def answer_prompt(args: Args, prompt: str) -> int:
-    """Print the answers to one prompt."""
-    generator = load(args)
-    ids = generator.encode_prompt({"prompt": prompt})
-    prompts = [ids] * args.num_samples
-    answers = dict(generator.stream(prompts, range(args.num_samples)))
-    texts = [generator.text_so_far(ids, answer) for _, answer in sorted(answers.items())]
-    print("\n---\n".join(texts))
-    return 0
+def answer_figures(
+    args: Args,
+    prepared: PreparedModel,
+    answers: Sequence[dict],
+    thresholds: Thresholds | None,
+    graph_file: Path | None,
+) -> Figures:
+    """Compute the figures of --metrics that are of the answers' texts.
+
+    Args:
+        args: the command's arguments.
+        prepared: the model.
+        answers: rows of an output.
+        thresholds: of --prune_on.
+        graph_file: where to write the answers' graph with the metric graph; None: nowhere.
+    """
+    writer, metrics = prepared.writer, args.scoring.metrics
+    references = score_answers.visible_references(answers, writer.data, writer.tokenizer)
+    figures = score_answers.text_figures(answers, references, metrics)
+    if "graph" in metrics:
+        figures |= score_answers.graph_figures(answers, references, thresholds, graph_file)
+    return figures
 
 
-def load(args: Args) -> TextGenerator:
-    """Load the model, its tokenizer, the form of its prompts and the sampling settings."""
-    if args.adapter is not None:
-        adapter_config = read_json(resolve(args.adapter) / "adapter_config.json")
-        base = adapter_config.get("base_model_name_or_path")
-        if base and Path(base).resolve() != Path(args.model).resolve():
-            distributed.log(
-                f"note: the adapter {args.adapter} was trained over {base}, not over {args.model}"
-            )
+def compare(
+    args: Args,
+    prepared: PreparedModel,
+    answers: Sequence[dict],
+    figures: Figures,
+    thresholds: Thresholds | None,
+) -> None:
+    """Print the figures of --compare's answers and of these, over the rows that both answered.
 
-    model, tokenizer = minilora.load(
-        args.model, args.adapter, args.dtype, args.bits, revision=args.revision
-    )
-    if args.fold:
-        merge_adapters(model)
-    data = read_data_config(args.model, args.adapter, args.revision, args.raw, tokenizer)
-    params = sampling_params(args, data)
-    return TextGenerator(model, tokenizer, data, params, args.batch_size)
-
-
-def sampling_params(args: Args, data: DataConfig) -> SamplingParams:
-    """Return the sampling settings: defaults for the data format, replaced by the flags given."""
-    defaults = PATHS_DEFAULTS if data.format == "paths" else SamplingParams()
-    values = {name: getattr(args, name) for name in SAMPLING_FLAGS}
-    given = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(defaults, **given)
+    Args:
+        args: the command's arguments.
+        prepared: the model.
+        answers: the rows of the output.
+        figures: their figures; of these, loss and perplexity are shown.
+        thresholds: of --prune_on.
+    """
+    other, output = args.scoring.compare or "", args.question.output or ""
+    there, here = read_other(other, answers)
+    distributed.log(f"{len(here)} of {len(answers)} answers are compared: those in {other} too")
+    before = answer_figures(args, prepared, there, thresholds, None)
+    after = answer_figures(args, prepared, here, thresholds, None)
+    before |= other_model_figures(other, figures)
+    after |= {name: value for name, value in figures.items() if name not in after}
+    print(compare_table(before, after, other, output))
 
 
-def job_settings(args: Args) -> dict:
-    """Return what decides the answers, besides the rows: flags, and when the weights changed."""
-    settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
-    settings["written"] = weight_file_times(args.model, args.adapter, args.revision)
-    return settings
-
-
-def check(args: Args) -> None:
-    """Raise UserError for arguments that are out of range or contradict each other."""
-    _check_files(args)
-    _check_numbers(args)
-    _check_scoring(args)
-
-
-def _check_files(args: Args) -> None:
-    """Check that there is one source of prompts at most, and that the output can be written."""
-    if args.input:
-        _require(
-            args.prompt is None,
-            "give either --prompt TEXT or --input FILE.jsonl --output FILE.jsonl",
-        )
-    _require((args.input is None) == (args.output is None), "--input and --output go together")
-    if not args.output:
-        return
-    target = Path(args.output)
-    name = f"--output: {args.output!r}"
-    _require(target.absolute().parent.is_dir(), f"{name} is in a directory that does not exist")
-    _require(not target.is_dir(), f"{name} is a directory; name a file in it")
-    if target.exists():
-        _require(target.is_file(), f"{name} is not a regular file")
-    _require(os.access(target.resolve().parent, os.W_OK), f"{name} cannot be written there")
-    if args.input:
-        is_input = Path(args.input).resolve() == target.resolve()
-        _require(not is_input, "--output: is the same file as --input")
-
-
-def _check_numbers(args: Args) -> None:
-    """Check the values of the flags for sampling and batches."""
-    try:
-        sampling_params(args, DataConfig())
-    except UserError as error:  # its message begins with the name of the flag
-        raise UserError(f"--{error}") from error
-    _require(args.temperature != math.inf, "--temperature must be finite")
-    _require(args.num_samples >= 1, "--num_samples must be at least 1")
-    _require(args.batch_size >= 1, "--batch_size must be at least 1")
-    _require(args.judge_requests >= 1, "--judge_requests must be at least 1")
-
-
-def _check_scoring(args: Args) -> None:
-    """Check the arguments for metrics and for the judge."""
-    if args.metrics or args.judge:
-        _require(args.input is not None, "--metrics and --judge need --input and --output")
-    if args.judge_model or args.rubric:
-        _require(args.judge is not None, "--judge_model and --rubric need --judge URL")
-    if args.judge:
-        _require(bool(args.rubric), "--judge needs --rubric FILE: see examples/rubric.json")
-    if args.prune_on:
-        _require("graph" in args.metrics, "--prune_on needs --metrics graph")
-        _require(Path(args.prune_on).is_file(), f"--prune_on: {args.prune_on!r} does not exist")
-    check_metrics(args.metrics, "--metrics")
-
-
-def _require(holds: bool, message: str) -> None:
-    """Raise UserError with the message unless a condition holds."""
-    if not holds:
-        raise UserError(message)
+def run() -> NoReturn:
+    """Run the command: `python infer.py`, and `minilora-infer` of an installed package."""
+    run_script(lambda: main(tyro.cli(Args, description=__doc__, use_underscores=True)))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    run()

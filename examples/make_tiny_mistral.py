@@ -25,7 +25,7 @@ import torch
 from tokenizers import decoders, models, normalizers, processors
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for train.py, which is not part of the installed package
+sys.path.insert(0, str(ROOT))  # for train.py, which is not a module of an environment
 SOURCE = Path("out/tiny-base-source")  # as in configs/tiny_base.py
 TARGET = ROOT / "examples/tiny-mistral"
 VOCABULARY = 2048

@@ -12,12 +12,10 @@ question or answer is never taken for the judge's verdict.
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -28,11 +26,12 @@ import tqdm
 from minilora import distributed
 from minilora.data.example import RowError, string_of
 from minilora.errors import RunError, UserError
+from minilora.evaluation.judge_summary import Summary, summarize
 from minilora.evaluation.rubric import (
-    OVERALL,
     Rubric,
     read_rubric,
     system_prompt,
+    user_prompt,
     verdict_schema,
 )
 from minilora.generation.jobs import Job, Key, read_rows, row_key
@@ -56,12 +55,6 @@ PERMANENT_REFUSALS = {
 
 NOT_A_COMPLETION = "what the URL replies is not a chat completion"
 
-USER_PROMPT = """==== question {code} ====
-{question}
-==== answer {code} ====
-{answer}
-==== end {code} ===="""
-
 
 @dataclass(frozen=True)
 class JudgeEndpoint:
@@ -80,28 +73,6 @@ class JudgeEndpoint:
 
     def __str__(self) -> str:
         return f"the judge {self.model!r} at {self.url}"
-
-
-class Summary(NamedTuple):
-    """The statistics of a judge's verdicts on all answers."""
-
-    stats: dict[str, dict[str, float]]
-    """The statistics of each criterion and of OVERALL; see `summarize`."""
-    failed: Counter[str]
-    """For each reason, how many answers have no valid verdict because of it."""
-
-    def table(self) -> str:
-        """Format the statistics as a table with a line for each criterion, then the failures."""
-        name_width = max(len(name) for name in self.stats)
-        headings = "".join(f"{heading:>10}" for heading in self.stats[OVERALL])
-        lines = [" " * name_width + headings]
-        for name, stats in self.stats.items():
-            cells = [f"{stats['n']:>10}"]
-            cells += [f"{value:>10.3f}" for key, value in stats.items() if key != "n"]
-            lines.append(f"{name:{name_width}}" + "".join(cells))
-        for reason, count in self.failed.items():
-            lines.append(f"{count} without a verdict (the same command asks again): {reason}")
-        return "\n".join(lines)
 
 
 class _Answer(NamedTuple):
@@ -160,12 +131,13 @@ def judge(
     endpoint: JudgeEndpoint,
     rubric: Rubric,
     question: Callable[[dict], str],
+    reference: Callable[[dict], str] | None = None,
 ) -> Summary:
     """Ask the judge about every answer that has no verdict in `output` yet.
 
     Each verdict is written as soon as it arrives, so a job that is stopped or fails keeps it. Its
-    row holds the sha256 of question and answer, which shows later if one of them has changed. With
-    several processes only the first one may call this function.
+    row holds the sha256 of what the judge was shown, which shows later if any of it has changed.
+    With several processes only the first one may call this function.
 
     Args:
         answers: a JSONL file whose rows have an "id", a "generated" answer, and a "sample" number
@@ -174,18 +146,22 @@ def judge(
         endpoint: the judge.
         rubric: see `read_rubric`.
         question: returns the question that a row of `answers` answers.
+        reference: returns what the answer should have been; needed if the rubric uses it.
 
     Raises:
-        UserError: a row lacks a field, or its question or answer has changed since it was judged;
+        UserError: a row lacks a field, or what the judge is shown has changed since it was judged;
             `output` was begun with other settings; the endpoint refuses the key, model or URL.
         RunError: the endpoint no longer replies.
     """
-    pending = _read_answers(answers, question, endpoint.model)
+    readers = {"question": question, "answer": lambda row: string_of(row, "generated")}
+    if reference is not None:
+        readers["reference"] = reference
+    pending = _read_answers(answers, readers, rubric, endpoint.model)
     client = _JudgeClient(endpoint, rubric)
     settings = {
         "judge": endpoint.url,
         "judge_model": endpoint.model,
-        "rubric": _sha256(client.system_prompt),
+        "rubric": _sha256(client.system_prompt + rubric.get("prompt", "")),
     }
     job = Job(output, settings, pending)
     try:
@@ -197,13 +173,23 @@ def judge(
 
 
 def _read_answers(
-    answers: str | Path, question: Callable[[dict], str], model: str
+    answers: str | Path, readers: dict[str, Callable[[dict], str]], rubric: Rubric, model: str
 ) -> dict[Key, _Answer]:
-    """Read the answers to be judged, in order. Raises UserError naming file and line."""
+    """Read the answers to be judged, in order.
+
+    Args:
+        answers: the file.
+        readers: for each part of the message to the judge, what returns it for a row.
+        rubric: makes the message of the parts.
+        model: the judging model's name.
+
+    Raises:
+        UserError: a row lacks something; the message names file and line.
+    """
     found: dict[Key, _Answer] = {}
     for number, row in read_rows(answers):
         try:
-            asked, answer = question(row), string_of(row, "generated")
+            parts = {name: read(row) for name, read in readers.items()}
         except RowError as error:
             raise UserError(f"{answers}:{number}: {error}") from error
         if not isinstance(row.get("id"), str | int) or row_key(row) in found:
@@ -211,19 +197,18 @@ def _read_answers(
             raise UserError(f"{answers}:{number}: {message}")
 
         # a hash of the whole answer, so no answer can contain it
-        code = _sha256(json.dumps([asked, answer]))
+        code = _sha256(json.dumps(list(parts.values())))
         record = {name: row[name] for name in ("id", "sample") if name in row}
         record |= {"judge": model, "sha256": code}
-        prompt = USER_PROMPT.format(code=code, question=asked, answer=answer)
-        found[row_key(row)] = _Answer(record, prompt)
+        found[row_key(row)] = _Answer(record, user_prompt(rubric, parts, code))
     return found
 
 
 def _check_unchanged(job: Job, answers: dict[Key, _Answer], output: str | Path) -> None:
-    """Raise UserError if the question or the answer of an earlier verdict has changed since."""
+    """Raise UserError if what the judge was shown for an earlier verdict has changed since."""
     for key, row in job.done.items():
         if row.get("sha256") != answers[key].record["sha256"]:
-            message = f"question or answer of id {key[0]!r} changed since"
+            message = f"question, answer or reference of id {key[0]!r} changed since"
             raise UserError(f"{output}: {message}: remove the file or name another")
 
 
@@ -372,63 +357,6 @@ def _json_objects(text: str) -> list[Any]:
 def _encodable(text: str) -> str:
     """Replace lone surrogates, which JSON can express but UTF-8 cannot, by question marks."""
     return text.encode(errors="replace").decode()
-
-
-def summarize(rows: list[dict], rubric: Rubric, failed: Counter[str]) -> Summary:
-    """Compute the statistics of all verdicts.
-
-    Args:
-        rows: verdicts with "id" and "scores".
-        rubric: its criteria give the order and the scales.
-        failed: for each reason, how many answers have no verdict because of it.
-
-    Returns:
-        The statistics of `_statistics` for each criterion, in its own units, and for OVERALL: an
-        answer's mean over all criteria, each scaled from min .. max to 0 .. 1.
-    """
-    criteria = rubric["criteria"]
-    ids = [row["id"] for row in rows]
-    stats = {}
-    for criterion in criteria:
-        name = criterion["name"]
-        stats[name] = _statistics(ids, [row["scores"][name] for row in rows])
-
-    overall = []
-    for row in rows:
-        scaled = []
-        for criterion in criteria:
-            score, low, high = row["scores"][criterion["name"]], criterion["min"], criterion["max"]
-            scaled.append((score - low) / (high - low))
-        overall.append(statistics.fmean(scaled))
-    stats[OVERALL] = _statistics(ids, overall)
-    return Summary(stats, failed)
-
-
-def _statistics(ids: Iterable[str | int], values: list[float]) -> dict[str, float]:
-    """Summarize scores.
-
-    Args:
-        ids: of each score, the id of the row it belongs to.
-        values: the scores.
-
-    Returns:
-        "n", "mean", "sd" (standard deviation, over n - 1), "min" and "max". If some ids have
-        several samples, also "sd in id": the standard deviation over an id's samples, averaged over
-        these ids. A figure that needs more scores than there are is NaN.
-    """
-    stats: dict[str, float] = {"n": len(values)}
-    stats["mean"] = statistics.fmean(values) if values else math.nan
-    stats["sd"] = statistics.stdev(values) if len(values) > 1 else math.nan
-    stats["min"] = min(values, default=math.nan)
-    stats["max"] = max(values, default=math.nan)
-
-    values_of_id: dict[str | int, list[float]] = {}
-    for row_id, value in zip(ids, values, strict=True):
-        values_of_id.setdefault(row_id, []).append(value)
-    deviations = [statistics.stdev(group) for group in values_of_id.values() if len(group) > 1]
-    if deviations:
-        stats["sd in id"] = statistics.fmean(deviations)
-    return stats
 
 
 def _api_key() -> str:

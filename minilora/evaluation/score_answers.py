@@ -6,13 +6,14 @@ The output's rows have the columns of the input, which hold the reference, and t
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from minilora import distributed
 from minilora.config import DataConfig
-from minilora.data.example import string_of
+from minilora.data.example import RowError, string_of
 from minilora.data.prompts import question_of_row, reference_of_row, references_of
 from minilora.data.sources import data_files
 from minilora.data.tokenize import format_counts, tokenize_files
@@ -22,11 +23,10 @@ from minilora.evaluation import ontology
 from minilora.evaluation.judge import JudgeEndpoint, judge
 from minilora.evaluation.ontology import Figures, Thresholds
 from minilora.evaluation.perplexity import loss_and_ppl, loss_sums
-from minilora.evaluation.rubric import Rubric
+from minilora.evaluation.rubric import Rubric, uses_reference
 from minilora.evaluation.text import format_table, score
 from minilora.generation.answering import TextGenerator
 from minilora.generation.jobs import Row, read_rows
-from minilora.hub import resolve
 
 MODEL_METRICS = ("loss", "ppl")
 """Metrics that need the model: they are computed from the references, not from the answers."""
@@ -49,45 +49,58 @@ def check_references(
     Raises:
         UserError: a row has no reference, or one that a metric cannot read.
     """
+    needs_answers = set(metrics) - set(MODEL_METRICS)
+    if data.format == "text" and not data.response_marker and needs_answers:
+        names = ", ".join(sorted(needs_answers))
+        raise UserError(
+            f"--metrics {names}: without --response_marker a whole row of format text is the "
+            "prompt, so there is no answer to compare with; only loss and ppl can be computed"
+        )
     references = references_of(path, rows, data)
     score([name for name in metrics if name in REFERENCE_METRICS], references, references)
 
 
-def find_tokenizer(model: str, adapter: str | None, revision: str | None) -> Tokenizer | None:
-    """Read the tokenizer beside an adapter, or else beside a model, if there is one.
+def check_judge_references(
+    path: str, rows: Sequence[Row], data: DataConfig, rubric: Rubric
+) -> None:
+    """Check that every row has what the judge is to be shown, before anything is generated.
 
     Args:
-        model: directory or hub id.
-        adapter: directory or hub id.
-        revision: of the model on the hub.
+        path: the input file's name, for messages.
+        rows: its rows.
+        data: the format of the rows.
+        rubric: the judge's.
+
+    Raises:
+        UserError: the rubric's prompt has {reference}, and a row has no reference answer.
     """
-    directories = [resolve(adapter)] if adapter else []
-    directories.append(resolve(model, revision))
-    for directory in directories:
-        if any(directory.glob("tokenizer.[jm]*")):  # tokenizer.json or tokenizer.model
-            return Tokenizer(directory)
-    return None
+    if not uses_reference(rubric):
+        return
+    for number, row in rows:
+        try:
+            reference_of_row(row, data)
+        except RowError as error:
+            message = f"the rubric's {{reference}} is what the answer should be: {error}"
+            raise UserError(f"{path}:{number}: {message}") from error
 
 
 def visible_references(
-    answers: Sequence[dict], data: DataConfig, tokenizer: Tokenizer | None
+    answers: Sequence[dict], data: DataConfig, tokenizer: Tokenizer
 ) -> list[str]:
     """Return the reference of each answer without special tokens, which answers do not have.
 
     Args:
         answers: rows of the output.
         data: the format of the rows.
-        tokenizer: decoded the answers; None: there are no special tokens.
+        tokenizer: decoded the answers.
     """
-    hidden: list[str] = []  # the tokens that decoding leaves out
-    if tokenizer is not None:
-        tokens = tokenizer.specials.keys() - tokenizer.backend.plain_added_tokens
-        # longest first, because a token may be part of another one
-        hidden = sorted(tokens, key=len, reverse=True)
+    # the tokens that decoding leaves out; longest first, because one may be part of another
+    hidden = tokenizer.specials.keys() - tokenizer.backend.plain_added_tokens
+    longest_first = sorted(hidden, key=len, reverse=True)
     references = []
     for row in answers:
         reference = reference_of_row(row, data)
-        for token in hidden:
+        for token in longest_first:
             reference = reference.replace(token, "")
         references.append(reference)
     return references
@@ -100,13 +113,16 @@ def text_figures(answers: Sequence[dict], references: list[str], metrics: Iterab
     return {"answers": len(answers), **score(names, texts, references)}
 
 
-def model_figures(generator: TextGenerator, source: str, metrics: Iterable[str]) -> Figures:
+def model_figures(
+    generator: TextGenerator, source: str, metrics: Iterable[str], limit: int | None = None
+) -> Figures:
     """Compute loss and perplexity of an input file's references under the model.
 
     Args:
         generator: the model.
         source: the input file.
         metrics: which of "loss" and "ppl" are wanted.
+        limit: use only the first rows, this many; None: all.
 
     Returns:
         The figures, and "loss/rows", the number of rows that they are computed over.
@@ -115,7 +131,7 @@ def model_figures(generator: TextGenerator, source: str, metrics: Iterable[str])
         UserError: no row can be used.
     """
     files = {source: data_files(source, "input")}
-    documents = tokenize_files(files, generator.data, generator.tokenizer, "input")
+    documents = tokenize_files(files, generator.data, generator.tokenizer, "input", limit)
     distributed.log(format_counts(documents.counts))
     if len(documents) == 0:
         raise UserError(f"--metrics loss: no row of {source} is left to compute it over")
@@ -135,19 +151,20 @@ def graph_figures(
     answers: Sequence[dict],
     references: list[str],
     thresholds: Thresholds | None,
-    graph_file: Path,
+    graph_file: Path | None,
 ) -> Figures:
-    """Compare the answers' graph of category paths with the references', and write the former.
+    """Compare the answers' graph of category paths with the references'.
 
     Args:
         answers: rows of the output.
         references: the reference of each.
         thresholds: prune the answers' graph with these; None: do not prune it.
-        graph_file: where to write the answers' graph.
+        graph_file: where to write the answers' graph; None: nowhere.
     """
     texts = [row["generated"] for row in answers]
     figures, graph = ontology.score(texts, references, thresholds)
-    ontology.write_graph(graph, graph_file)
+    if graph_file is not None:
+        ontology.write_graph(graph, graph_file)
     return {f"graph/{key}": value for key, value in figures.items()}
 
 
@@ -174,8 +191,13 @@ def find_thresholds(path: str, data: DataConfig) -> Thresholds:
 
 
 def report_figures(figures: Figures, output: Path) -> None:
-    """Print figures, and write them beside the output, to NAME.metrics.json."""
+    """Print figures, and write them beside the output."""
     print(format_table(figures))
+    write_figures(figures, output)
+
+
+def write_figures(figures: Figures, output: Path) -> None:
+    """Write figures beside the output, to NAME.metrics.json."""
     _write_json(figures, output.with_name(output.stem + ".metrics.json"))
 
 
@@ -192,7 +214,11 @@ def judge_answers(output: Path, endpoint: JudgeEndpoint, rubric: Rubric, data: D
         UserError, RunError: see `judge`.
     """
     verdicts = output.with_name(output.stem + ".judge.jsonl")
-    summary = judge(output, verdicts, endpoint, rubric, lambda row: question_of_row(row, data))
+    reference = None
+    if uses_reference(rubric):
+        reference = partial(reference_of_row, data=data)
+    question = partial(question_of_row, data=data)
+    summary = judge(output, verdicts, endpoint, rubric, question, reference)
     print(summary.table())
 
     # a single answer has no standard deviation: NaN, which is not JSON, becomes null

@@ -294,11 +294,19 @@ def lower_is_better(key: str) -> bool:
 
 def format_table(figures: Figures) -> str:
     """Format figures as a table: a line for each; floats have four digits after the point."""
-    values = {}
-    for key, value in figures.items():
-        values[key] = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
-
+    values = {key: format_figure(value) for key, value in figures.items()}
     key_width = max((len(key) for key in values), default=0)
     value_width = max((len(value) for value in values.values()), default=0)
     lines = [f"{key:<{key_width}}  {value:>{value_width}}" for key, value in values.items()]
     return "\n".join(lines)
+
+
+def format_figure(value: float, sign: str = "") -> str:
+    """Format a figure: 1,024 for an integer, 0.1250 for a float.
+
+    Args:
+        value: the figure.
+        sign: "+" to show the sign of positive values and of 0, too.
+    """
+    digits = "" if isinstance(value, int) else ".4f"
+    return f"{value:{sign},{digits}}"

@@ -6,44 +6,41 @@ that are finished, and `answer_samples` generates the others.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import tqdm
 
 from minilora import distributed
 from minilora.config import DataConfig
-from minilora.data.example import RowError
-from minilora.data.prompts import prompt_for_row
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
 from minilora.generation.engine import Answer, stream
 from minilora.generation.jobs import Job, Key, Row
+from minilora.generation.prompting import PromptWriter
 from minilora.generation.sampling import SamplingParams
 from minilora.model.transformer import CausalLM
 
 
 @dataclass
 class TextGenerator:
-    """A model with its tokenizer, the form of its prompts, and the settings of decoding."""
+    """A model, what writes its prompts, and the settings of decoding."""
 
     model: CausalLM
-    tokenizer: Tokenizer
-    data: DataConfig
-    """The form of its prompts."""
+    writer: PromptWriter
     params: SamplingParams
     batch_size: int = 16
     """Answers decoded together."""
 
-    def encode_prompt(self, row: dict) -> list[int]:
-        """Write a row as a prompt, in the form that prompts had in training, and encode it.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.writer.tokenizer
 
-        Raises:
-            RowError: the row lacks a column.
-            UserError: the chat template refuses the row.
-        """
-        prompt = prompt_for_row(row, self.data, self.tokenizer)
-        return self.tokenizer.encode(prompt).ids
+    @property
+    def data(self) -> DataConfig:
+        """The form of its prompts."""
+        return self.writer.data
 
     def stream(
         self, prompts: Sequence[Sequence[int]], indices: Sequence[int]
@@ -64,17 +61,20 @@ class Sample:
 
     index: int
     """Its position among all of them. It decides the random draws of the answer."""
-    row_index: int
-    """The position of its row among the rows."""
     row: Row
     """The row to be answered."""
     number: int | None
     """Which of the row's answers this is, from 0; None if the row gets only one."""
 
     @property
+    def row_id(self) -> str | int:
+        """The id of its row."""
+        return self.row.values["id"]
+
+    @property
     def key(self) -> Key:
         """What identifies the answer in the output."""
-        return self.row.values["id"], self.number or 0
+        return self.row_id, self.number or 0
 
     def output_row(self, text: str) -> dict:
         """Return the row of the output: the row's columns, the sample's number, and the answer."""
@@ -93,7 +93,7 @@ def wanted_samples(rows: Sequence[Row], num_samples: int) -> list[Sample]:
         for number in range(num_samples):
             index = row_index * num_samples + number
             shown_number = number if num_samples > 1 else None
-            samples.append(Sample(index, row_index, row, shown_number))
+            samples.append(Sample(index, row, shown_number))
     return samples
 
 
@@ -127,39 +127,22 @@ def _as_json(row: dict, name: str) -> str | None:
     return json.dumps(row[name]) if name in row else None
 
 
-def encode_prompts(generator: TextGenerator, rows: Sequence[Row], source: str) -> list[list[int]]:
-    """Return the ids of each row's prompt, and say so if some are too long for the model.
-
-    Args:
-        generator: the model's tokenizer and the form of its prompts.
-        rows: the rows to be asked about.
-        source: the input file's name, for messages.
-
-    Raises:
-        UserError: a row has no prompt; the message names file, line and field.
-    """
-    prompts = []
-    for number, values in rows:
-        try:
-            ids = generator.encode_prompt(values)
-        except (RowError, UserError) as error:
-            raise UserError(f"{source}:{number}: {error}") from error
-        if not ids:
-            raise UserError(f"{source}:{number}: the prompt is empty: there is nothing to continue")
-        prompts.append(ids)
-
+def note_long_prompts(prompts: Iterable[Sequence[int]], model: CausalLM) -> None:
+    """Say so if some prompts (ids) are too long for the model."""
     longest = max(len(ids) for ids in prompts)
-    max_positions = generator.model.config.rope.get("max_position_embeddings")
+    max_positions = model.config.rope.get("max_position_embeddings")
     if max_positions and longest > max_positions:
         distributed.log(
             f"note: the longest prompt has {longest} tokens, "
             f"more than the {max_positions} positions the model was made for"
         )
-    return prompts
 
 
 def answer_samples(
-    generator: TextGenerator, prompts: Sequence[Sequence[int]], todo: Sequence[Sample], job: Job
+    generator: TextGenerator,
+    prompts: Mapping[str | int, Sequence[int]],
+    todo: Sequence[Sample],
+    job: Job,
 ) -> None:
     """Generate answers and add each to the job as soon as it is complete.
 
@@ -167,14 +150,14 @@ def answer_samples(
 
     Args:
         generator: the model, and how to decode.
-        prompts: ids of each row's prompt; see `encode_prompts`.
+        prompts: ids of each row's prompt, by the row's id.
         todo: the answers to generate.
         job: the output.
     """
-    longest_first = sorted(todo, key=lambda sample: len(prompts[sample.row_index]), reverse=True)
+    longest_first = sorted(todo, key=lambda sample: len(prompts[sample.row_id]), reverse=True)
     mine = longest_first[distributed.rank() :: distributed.world_size()]
     growing = generator.stream(
-        [prompts[sample.row_index] for sample in mine], [sample.index for sample in mine]
+        [prompts[sample.row_id] for sample in mine], [sample.index for sample in mine]
     )
 
     num_tokens = 0

@@ -17,7 +17,12 @@ def check_stdin() -> None:
 def chat(generator: TextGenerator) -> None:
     """Answer each line of stdin until the input ends, printing each answer while it grows.
 
-    Each prompt holds the whole conversation so far; a line "/new" begins a new conversation.
+    Each prompt holds the whole conversation so far, if the form of the model's prompts has a chat
+    template, and the line alone otherwise. A line "/new" begins a new conversation.
+
+    Raises:
+        UserError: a line cannot be put into the form of the prompts. On a terminal this is printed,
+            and the chat goes on.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 must not end the chat
@@ -37,27 +42,32 @@ def chat(generator: TextGenerator) -> None:
         if line.strip() == "/new":
             turns = []
         elif line.strip():
-            turns.append({"role": "user", "content": line})
-            reply = print_reply(generator, turns)
-            turns.append({"role": "assistant", "content": reply})
+            try:
+                ids, conversation = generator.writer.encode_turns(turns, line)
+            except UserError as error:
+                if not is_terminal:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            reply = print_reply(generator, ids, len(conversation))
+            turns = [*conversation, {"role": "assistant", "content": reply}]
 
 
-def print_reply(generator: TextGenerator, turns: list[dict]) -> str:
-    """Print the reply to a conversation while it grows, and return what was printed.
+def print_reply(generator: TextGenerator, ids: list[int], index: int) -> str:
+    """Print the reply to a prompt while it grows, and return what was printed.
 
-    Ctrl-C cuts the reply off. If the model was not trained on chats, its prompt is the last line
-    alone.
+    Ctrl-C cuts the reply off.
+
+    Args:
+        generator: the model.
+        ids: the prompt.
+        index: decides the random draws of the reply.
     """
-    prompt = turns[-1]["content"]
-    if generator.data.chat and generator.data.format != "text":
-        prompt = generator.tokenizer.render(turns, add_generation_prompt=True)
-    ids = generator.tokenizer.encode(prompt).ids
-
     # the last characters may be the beginning of a stop string, so they are printed later
     num_held_back = max((len(string) - 1 for string in generator.params.stop_strings), default=0)
     printed = ""
     try:
-        for _, answer in generator.stream([ids], [len(turns)]):
+        for _, answer in generator.stream([ids], [index]):
             text = generator.text_so_far(ids, answer)
             end = len(text)
             if answer.finish_reason is None:

@@ -282,8 +282,8 @@ def generate(
     Args:
         model: from `minilora.load`.
         tokenizer: from `minilora.load`.
-        prompts: plain text, in the model's chat form if it has one (see `Tokenizer.render`). Each
-            gets exactly one BOS token.
+        prompts: text, in the form of the model's training (see `minilora.format_prompt`). Each gets
+            exactly one BOS token.
         params: sampling settings; default: greedy, up to 256 tokens.
         batch_size: prompts that are answered together.
         **sampling: fields of `SamplingParams` by name, e.g. max_new_tokens, temperature, top_p,

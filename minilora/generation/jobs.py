@@ -19,13 +19,15 @@ import filelock
 from minilora import distributed
 from minilora.data.example import RowError
 from minilora.data.formats import parse_row
-from minilora.data.sources import Line, data_files, read_lines
+from minilora.data.sources import Line, data_files, first_rows, read_lines
 from minilora.errors import UserError
 from minilora.files import read_json, read_json_if_present, replace_file
-from minilora.hub import resolve
 
 Key = tuple[str | int, int]
 """What identifies a row of an output: its id, and which of the id's samples it is."""
+
+NEW_SETTINGS = ("prompts",)
+"""Settings that outputs of an older version do not record, and which are not compared then."""
 
 
 class Row(NamedTuple):
@@ -52,11 +54,12 @@ def read_rows(path: str | Path) -> list[Row]:
     return _parse_rows(str(path), [Line(number, content) for number, content in lines])
 
 
-def read_input_rows(path: str) -> list[Row]:
+def read_input_rows(path: str, limit: int | None = None) -> list[Row]:
     """Read the rows of an input file of any kind (see data/sources.py); blank lines are skipped.
 
     Args:
         path: a file, or a dataset on the hub.
+        limit: N, to read only the first N rows; None: all.
 
     Returns:
         The rows. A row without an "id" gets its position among the rows, from 0.
@@ -66,7 +69,10 @@ def read_input_rows(path: str) -> list[Row]:
     """
     read: list[Row] = []
     for shown, file in data_files(path, "input"):
-        read += _parse_rows(shown, read_lines(shown, file))
+        lines = read_lines(shown, file)
+        if limit is not None:
+            lines = first_rows(lines, limit - len(read))
+        read += _parse_rows(shown, lines)
     rows = [Row(row.number, {"id": i, **row.values}) for i, row in enumerate(read)]
 
     line_of_id: dict[str | int, int] = {}
@@ -86,11 +92,10 @@ def read_input_rows(path: str) -> list[Row]:
 
 
 def _parse_rows(name: str, lines: Sequence[Line]) -> list[Row]:
-    """Parse the lines of a file. Raises UserError naming file and line."""
-    rows = []
+    """Parse the lines of a file that are not blank. Raises UserError naming file and line."""
+    rows: list[Row] = []
     for line in lines:
-        is_blank = not line.content.strip() and not line.problem
-        if is_blank:
+        if line.is_blank:
             continue
         try:
             values = parse_row(line)
@@ -200,6 +205,8 @@ class Job:
             )
         now, then = self.settings, read_json(self.settings_path)
         for name in now | then:
+            if name in NEW_SETTINGS and name not in then:
+                continue
             if now.get(name) != then.get(name):
                 change = f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
                 raise UserError(
@@ -238,8 +245,8 @@ class Job:
         for number, row in read_rows(self.path):
             if row_key(row) not in known:
                 raise UserError(
-                    f"{self.path}:{number}: id {row.get('id')!r} is not in the input: "
-                    "name another file, or remove it"
+                    f"{self.path}:{number}: id {row.get('id')!r} is not in the input "
+                    "(or is beyond --limit): name another file, or remove it"
                 )
             # rows are there twice after a kill between moving another process's rows and removing
             # its file
@@ -252,25 +259,17 @@ def _to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def weight_file_times(model: str, adapter: str | None, revision: str | None) -> list[int]:
+def weight_file_times(directories: Sequence[Path]) -> list[int]:
     """Return when the files of a model's weights were written, so that a job notices new ones.
 
     Where a directory holds an adapter whose base is a local directory, the base's files count too.
 
     Args:
-        model: directory or hub id of a model or of an adapter.
-        adapter: directory or hub id of an adapter on the model, if there is one.
-        revision: of the model on the hub.
+        directories: of the model or adapter, and of another adapter that is put on it.
 
     Returns:
         Times of modification in nanoseconds.
-
-    Raises:
-        UserError: a name cannot be resolved.
     """
-    directories = [resolve(model, revision)]
-    if adapter:
-        directories.append(resolve(adapter))
     bases = []
     for directory in directories:
         base = read_json_if_present(directory / "adapter_config.json").get(
@@ -280,7 +279,7 @@ def weight_file_times(model: str, adapter: str | None, revision: str | None) -> 
             bases.append(Path(base))
 
     times = []
-    for directory in directories + bases:
+    for directory in [*directories, *bases]:
         files = sorted(directory.glob("*model*.safetensors"))
         times += [file.stat().st_mtime_ns for file in files]
     return times

@@ -34,6 +34,18 @@ def criterion(**changes) -> dict:
             r"\$\.criteria\[0\]: 'description' is a required",
         ),
         (
+            {"criteria": [criterion()], "prompt": "{question} {answr}"},
+            r"\$\.prompt: \{answr\} is none of \{question\}, \{answer\}, \{reference\}",
+        ),
+        ({"criteria": [criterion()], "prompt": "{answer!r}"}, r"\$\.prompt: \{answer!r\} is none"),
+        ({"criteria": [criterion()], "prompt": "{answer.x}"}, r"\$\.prompt: \{answer.x\} is none"),
+        ({"criteria": [criterion()], "prompt": "{answer} {"}, r"\$\.prompt: .*write \{\{ and"),
+        (
+            {"criteria": [criterion()], "prompt": "{reference}"},
+            r"\$\.prompt: \{answer\} is missing",
+        ),
+        ({"criteria": [criterion()], "prompt": 5}, r"\$\.prompt: 5 is not of type 'string'"),
+        (
             {"criteria": [criterion(min="1")]},
             r"\$\.criteria\[0\]\.min: '1' is not of type 'integer'",
         ),

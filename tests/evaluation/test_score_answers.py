@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import infer
-import minilora
 from helpers.asking import (
     ARTICLES,
     FORMATS,
@@ -20,6 +19,7 @@ from helpers.asking import (
     answer_file,
     article_of,
     assistant,
+    infer_args,
     read_rows,
     train_adapter,
     transformers_model,
@@ -140,7 +140,7 @@ def test_a_loss_of_no_tokens_is_refused(base: Path, tmp_path: Path):
 def test_a_reference_without_number_is_refused_before_the_model_is_loaded(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(minilora, "load", None)
+    monkeypatch.setattr(infer, "load_files", None)
     rows = [{**row, "paths": [["Main", "no number"]]} for row in ARTICLES]
     source = write_rows(tmp_path / "in.jsonl", rows)
     with pytest.raises(UserError, match="numeric: reference 1"):
@@ -175,9 +175,11 @@ REFERENCES = [REFERENCE_OF["paths"](row) for row in ROWS_OF_PATHS]
 
 def finish_job(args: infer.Args, answers: list[str]) -> None:
     """Leave the output that infer.py would leave, with these answers."""
-    assert args.input is not None and args.output is not None
-    rows = [values for _, values in read_input_rows(args.input)]
-    job = Job(args.output, infer.job_settings(args), [(row["id"], 0) for row in rows])
+    source, output = args.question.input, args.question.output
+    assert source is not None and output is not None
+    rows = [values for _, values in read_input_rows(source)]
+    settings = infer.settings_of_job(args, infer.prepare(args))
+    job = Job(output, settings, [(row["id"], 0) for row in rows])
     for row, answer in zip(rows, answers, strict=True):
         job.add(row | {"generated": answer})
     job.finish()
@@ -187,8 +189,8 @@ def finish_job(args: infer.Args, answers: list[str]) -> None:
 def graph_args(checkpoint: Path, tmp_path: Path) -> infer.Args:
     """Return arguments of a finished job with answers that are paths."""
     source = write_rows(tmp_path / "in.jsonl", ROWS_OF_PATHS)
-    args = infer.Args(
-        str(checkpoint),
+    args = infer_args(
+        checkpoint,
         input=str(source),
         output=str(tmp_path / "out.jsonl"),
         metrics=("graph", "exact_match"),
@@ -211,10 +213,10 @@ def test_graph_of_answers_that_are_there(
     graph_args: infer.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Without the model."""
-    monkeypatch.setattr(minilora, "load", None)
+    monkeypatch.setattr(infer, "load_files", None)
     assert infer.main(graph_args) == 0
     figures = read_figures(tmp_path)
-    assert figures == {"answers": 4, **text.score(graph_args.metrics, MADE, REFERENCES)}
+    assert figures == {"answers": 4, **text.score(graph_args.scoring.metrics, MADE, REFERENCES)}
     assert figures["graph/lines"] == 10 and figures["graph/well_formed"] == 0.9
     assert figures["exact_match"] == 0.25
 
@@ -227,7 +229,7 @@ def test_graph_of_answers_that_are_there(
 def test_thresholds_are_found_on_the_evaluation_answers(
     graph_args: infer.Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    graph_args.prune_on = str(tmp_path / "eval.jsonl")
+    graph_args.scoring.prune_on = str(tmp_path / "eval.jsonl")
     write_tuning(tmp_path)
     assert infer.main(graph_args) == 0
 
@@ -250,7 +252,7 @@ def test_thresholds_are_found_on_the_evaluation_answers(
 def test_an_evaluation_answer_without_its_columns_is_named(
     name: str, graph_args: infer.Args, tmp_path: Path
 ):
-    graph_args.prune_on = str(tmp_path / "eval.jsonl")
+    graph_args.scoring.prune_on = str(tmp_path / "eval.jsonl")
     rows = write_tuning(tmp_path)
     del rows[1][name]
     write_rows(tmp_path / "eval.jsonl", rows)
@@ -262,7 +264,7 @@ def test_an_evaluation_answer_without_its_columns_is_named(
 def test_an_answer_without_reference_is_named(
     paths: object, graph_args: infer.Args, tmp_path: Path
 ):
-    graph_args.output = str(tmp_path / "other.jsonl")
+    graph_args.question.output = str(tmp_path / "other.jsonl")
     rows = [dict(row) for row in ROWS_OF_PATHS]
     if paths is None:
         del rows[2]["paths"]
@@ -325,3 +327,29 @@ def test_a_judge_end_to_end(
     for file in tmp_path.rglob("*"):
         if file.is_file():
             assert SECRET.encode() not in file.read_bytes(), file
+
+
+def test_a_judge_that_sees_the_references(
+    graph_args: infer.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By the other rubric in examples/. A row without reference is named before anything runs."""
+    pytest.importorskip("openai")
+    pytest.importorskip("jsonschema")
+    monkeypatch.setattr(infer, "load_files", None)
+    verdict = json.dumps({"scores": {"agreement": 2, "completeness": 4}, "reason": "so"})
+    with running_judge(lambda answer, n: verdict, monkeypatch) as server:
+        scoring = graph_args.scoring
+        scoring.metrics, scoring.judge, scoring.judge_model = (), server.url, "j"
+        scoring.rubric = str(ROOT / "examples" / "rubric_with_reference.json")
+        assert infer.main(graph_args) == 0
+        asked = [body["messages"][1]["content"] for body in server.bodies]
+        for answer, reference in zip(MADE, REFERENCES, strict=True):
+            (prompt,) = [prompt for prompt in asked if f"\n{answer}\n==== end" in prompt]
+            assert re.search(rf"answer, for you alone:\n\n==== .*\n{reference}\n==== end", prompt)
+
+        rows = [dict(row) for row in ROWS_OF_PATHS]
+        del rows[2]["paths"]
+        write_rows(tmp_path / "in.jsonl", rows)
+        with pytest.raises(UserError, match=r'in\.jsonl:3: the rubric\'s {reference}.*"paths"'):
+            infer.main(graph_args)
+        assert len(server.bodies) == 4

@@ -21,6 +21,7 @@ from helpers.asking import (
     answer_file,
     article_of,
     ask,
+    infer_args,
     read_rows,
     train_adapter,
     user,
@@ -28,6 +29,7 @@ from helpers.asking import (
     write_rows,
 )
 from helpers.checkpoints import names
+from minilora import loading
 from minilora.config import DataConfig
 from minilora.errors import UserError
 from minilora.generation import engine
@@ -94,7 +96,7 @@ def test_a_torn_line_is_answered_again(job: FinishedJob, capsys: pytest.CaptureF
 def test_a_finished_job_needs_no_model(
     job: FinishedJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(minilora, "load", None)
+    monkeypatch.setattr(infer, "load_files", None)
     assert job.go_on(metrics=(), batch_size=3) == job.data
     assert "6 of 6 answers" in capsys.readouterr().err
 
@@ -147,7 +149,7 @@ def test_max_time(
         before = count_answers()
         paths = {"input": str(source), "output": str(target)}
         capsys.readouterr()
-        assert infer.main(infer.Args(str(checkpoint), **paths, max_time=limit, **options)) == 0
+        assert infer.main(infer_args(checkpoint, **paths, max_time=limit, **options)) == 0
         after = count_answers()
         if limit == 1:
             assert names(tmp_path) == ["in.jsonl"]
@@ -191,7 +193,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_other_settings_are_refused(name: str, job: FinishedJob, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(minilora, "load", None)  # before the model is loaded
+    monkeypatch.setattr(infer, "load_files", None)  # before the model is loaded
     with pytest.raises(UserError, match=rf"other settings \({name}: "):
         job.go_on(**{name: OTHER[name]})
     assert job.target.read_bytes() == job.data
@@ -201,7 +203,9 @@ def test_settings_are_those_of_the_first_release(job: FinishedJob, checkpoint: P
     """Outputs that older versions began must go on: names, order and values in the file count."""
     file = job.target.with_name("out.jsonl.settings.json")
     weights = [checkpoint / "adapter_model.safetensors", base / "model.safetensors"]
-    assert list(json.loads(file.read_text()).items()) == [
+    *settings, (newest, _) = json.loads(file.read_text()).items()
+    assert newest == "prompts"  # which outputs of older versions need not have
+    assert settings == [
         ("model", str(checkpoint)),
         ("adapter", None),
         ("revision", None),
@@ -352,14 +356,14 @@ def test_an_adapter_beside_the_weights_says_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As one that is merged into 16- or 32-bit weights first."""
-    real, num_merged = infer.merge_adapters, 0
+    real, num_merged = loading.merge_adapters, 0
 
     def counting(model):
         nonlocal num_merged
         num_merged += 1
         real(model)
 
-    monkeypatch.setattr(infer, "merge_adapters", counting)
+    monkeypatch.setattr(loading, "merge_adapters", counting)
     for options in (SHORT, SHORT | {"temperature": 1.0}):
         merged = ask(checkpoint, ROWS, tmp_path, **options)
         assert merged == ask(checkpoint, ROWS, tmp_path, fold=False, **options)
@@ -372,9 +376,9 @@ def test_no_adapter_is_merged_into_quantized_weights(
 ):
     """Whether they are asked for, or the adapter was trained over such weights."""
     directory = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    state = json.loads((directory / "trainer_state.json").read_text())
-    state["config"]["model"]["bits"] = trained_bits  # as such a run leaves it
-    (directory / "trainer_state.json").write_text(json.dumps(state))
+    record = json.loads((directory / "minilora.json").read_text())
+    record["model"]["bits"] = trained_bits  # as such a run leaves it
+    (directory / "minilora.json").write_text(json.dumps(record))
 
     bits = 4 if trained_bits == 16 else trained_bits
     model, tokenizer = minilora.load(str(checkpoint), bits=bits)
@@ -434,5 +438,5 @@ def test_odd_arguments_are_refused(
     (tmp_path / "empty.jsonl").write_text("\n\n")
     options = {"input": "in.jsonl", "output": "out.jsonl", **changes}
     with pytest.raises(UserError, match=message):
-        infer.main(infer.Args(str(checkpoint), **options))
+        infer.main(infer_args(checkpoint, **options))
     assert names(tmp_path) == ["empty.jsonl", "in.jsonl"]

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pty
 import select
@@ -23,12 +24,14 @@ from helpers.asking import (
     SHORT,
     TEXT,
     assistant,
+    infer_args,
     train_adapter,
     transformers_answer,
     transformers_model,
     user,
     write_base,
 )
+from minilora.config import DataConfig
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
 from minilora.generation.answering import TextGenerator
@@ -45,8 +48,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def talker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train an adapter on questions; a chat with it has no sampling settings of its own."""
-    data, rows, _ = FORMATS["prompt"]
+    data = DataConfig(format="prompt", prompt_template="Q: {question}?")
+    rows = FORMATS["prompt"].rows
     return train_adapter(base, tmp_path_factory.mktemp("talker") / "run", data, rows)
+
+
+def asks(line: str) -> list[dict]:
+    """Return the turn in which the talker was trained to be asked what a line asks."""
+    return user(f"Q: {line}?")
 
 
 @pytest.fixture
@@ -56,26 +65,41 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def run(model: Path, typed: str, **options) -> str:
         capsys.readouterr()
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        assert infer.main(infer.Args(str(model), **SHORT | options)) == 0
+        assert infer.main(infer_args(model, **SHORT | options)) == 0
         return capsys.readouterr().out
 
     return run
 
 
-@pytest.mark.parametrize("name", ["prompt without chat", "text"])
-def test_a_model_of_plain_text_is_given_each_line_as_it_is(
-    name: str, base: Path, tmp_path: Path, chat
+@pytest.mark.parametrize(("name", "form"), [("prompt without chat", "Q: {}?\nA:"), ("text", "{}")])
+def test_a_model_of_plain_text_is_given_each_line_alone(
+    name: str, form: str, base: Path, tmp_path: Path, chat
 ):
-    """As by --prompt."""
+    """In the form of training, as by --prompt; with --raw as it is."""
     data, rows, _ = FORMATS[name]
     model = train_adapter(base, tmp_path / "run", data, rows)
-    expected = [transformers_answer(model, line) + "\n" for line in ("a", "b")]
+    expected = [transformers_answer(model, form.format(line)) + "\n" for line in ("a", "b")]
     assert chat(model, "a\nb\n") == "".join(expected)
+    assert chat(model, "a\n", raw=True) == transformers_answer(model, "a") + "\n"
+
+
+def test_lines_that_are_rows(talker: Path, base: Path, tmp_path: Path, chat):
+    """A JSON object with the columns of the form is a row. What lacks columns is an error."""
+    row = json.dumps({"question": TEXT, "completion": "x"})
+    assert chat(talker, row) == transformers_answer(talker, asks(TEXT)) + "\n"
+    with pytest.raises(UserError, match=r"columns question, year; missing: year\."):
+        chat(base, '{"question": "x"}', prompt_template="Q: {question} ({year})?")
+
+    turns = [{"role": "system", "content": "Be brief."}, *user("q1")]
+    first = transformers_answer(base, turns)
+    second = transformers_answer(base, [*turns, assistant(first), *user("q2")])
+    typed = json.dumps({"messages": turns}) + "\nq2\n"
+    assert chat(base, typed, format="messages") == f"{first}\n{second}\n"
 
 
 def test_stop_strings(talker: Path, chat):
     """What may begin one is held back; nothing is shown twice."""
-    answer = transformers_answer(talker, user(TEXT))
+    answer = transformers_answer(talker, asks(TEXT))
     for stop in ("never there", answer[:4] + "no", "\n\n\n\n"):
         assert chat(talker, TEXT, stop=(stop, "~~~")) == answer + "\n"
     for begin in range(len(answer) - 2):
@@ -98,10 +122,10 @@ def test_an_answer_cut_off_stays_in_the_conversation(
 
     monkeypatch.setattr(TextGenerator, "stream", interrupt_first)
     first, second = chat(talker, f"{TEXT}\nq2").rsplit("\n", 2)[:2]
-    complete = transformers_answer(talker, user(TEXT))
+    complete = transformers_answer(talker, asks(TEXT))
     assert 0 < len(first) < len(complete) and complete.startswith(first)
 
-    turns = [*user(TEXT), assistant(first), *user("q2")]
+    turns = [*asks(TEXT), assistant(first), *asks("q2")]
     _, tokens = transformers_model(talker)
     expected = tokens.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert asked[1] == expected
@@ -111,7 +135,7 @@ def test_an_answer_cut_off_stays_in_the_conversation(
 def test_without_stdin_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="nothing to read from"):
-        infer.main(infer.Args(str(tmp_path / "absent")))
+        infer.main(infer_args(tmp_path / "absent"))
 
 
 # --- in a process of its own ---
@@ -120,13 +144,13 @@ def test_without_stdin_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.system
 def test_chat_over_a_pipe(talker: Path):
     """The conversation so far is part of the prompt, until a new one begins."""
-    turns = user("q1 서울?")
+    turns = asks("q1 서울?")
     first = transformers_answer(talker, turns)
-    turns += [assistant(first), *user("q2")]
+    turns += [assistant(first), *asks("q2")]
     second = transformers_answer(talker, turns)
-    turns += [assistant(second), *user("q1 서울?")]
+    turns += [assistant(second), *asks("q1 서울?")]
     third = transformers_answer(talker, turns)
-    assert len({first, second, third, transformers_answer(talker, user("q2"))}) == 4
+    assert len({first, second, third, transformers_answer(talker, asks("q2"))}) == 4
 
     command = [sys.executable, str(ROOT / "infer.py"), str(talker)]
     command += ["--temperature", "0", "--max_new_tokens", str(NEW_TOKENS)]
@@ -170,7 +194,7 @@ class Terminal:
 
 @pytest.mark.system
 def test_chat_over_a_terminal(base: Path, tmp_path: Path):
-    """Ctrl-C cuts off an answer without end, not the chat; Ctrl-D ends it."""
+    """Ctrl-C cuts off an answer without end, not the chat; nor does a mistake; Ctrl-D ends it."""
     model = shutil.copytree(base, tmp_path / "model")
     tensors, tokens = safetensors.torch.load_file(model / "model.safetensors"), Tokenizer(model)
     for token in {tokens.eos_id, *tokens.stop_ids()}:
@@ -178,10 +202,14 @@ def test_chat_over_a_terminal(base: Path, tmp_path: Path):
     safetensors.torch.save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
     command = [sys.executable, str(ROOT / "infer.py"), str(model), "--max_new_tokens", "100000"]
+    command += ["--format", "messages"]
     terminal = Terminal(command)
     try:
         shown = terminal.read_until(lambda shown: shown.endswith(b"> "))
         assert b"Ctrl-C cuts an answer off" in shown
+        terminal.type(b'{"messages": []}\n')
+        shown = terminal.read_until(lambda shown: shown.endswith(b"\r\n> "))
+        assert b'error: "messages": expected a non-empty list' in shown
         for _ in range(2):
             terminal.type(b"question\n")
             terminal.read_until(lambda shown: len(shown.partition(b"question\r\n")[2]) > 200)

@@ -227,6 +227,7 @@ def test_end_tokens_of_generation_config(tmp_path: Path, monkeypatch: pytest.Mon
     model = model_over(tokens.vocab_size)
     for listed in (ends, ends[0]):
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        tokens = Tokenizer(directory)
         for end in (tokens.eos_id, *ends):
             script(monkeypatch, [*ids, end, *ids, tokens.eos_id])
             is_end = end != plain or listed == ends

@@ -12,6 +12,7 @@ import infer
 import merge
 import minilora
 import train
+from helpers.asking import infer_args
 from minilora.cli import load_config
 from minilora.data.paths import path_edges
 
@@ -76,7 +77,7 @@ def test_train_merge_and_infer_as_in_the_readme(tmp_path, monkeypatch, capsys):
     assert merge.main(merge.Args(checkpoint, verify=True)) == 0
     assert "largest logit gap" in capsys.readouterr().out
 
-    args = infer.Args(
+    args = infer_args(
         f"{checkpoint}/merged",
         input="examples/wiki/test.jsonl",
         output=str(tmp_path / "answers.jsonl"),

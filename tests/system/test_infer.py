@@ -15,6 +15,7 @@ import pytest
 
 import infer
 import merge
+import minilora
 import train
 from helpers.asking import (
     ARTICLES,
@@ -22,8 +23,10 @@ from helpers.asking import (
     NEW_TOKENS,
     SHORT,
     TEXT,
+    answer_file,
     article_of,
     ask,
+    infer_args,
     read_rows,
     short_training,
     train_adapter,
@@ -32,6 +35,7 @@ from helpers.asking import (
     write_base,
     write_rows,
 )
+from helpers.hub_server import running_hub
 from minilora.config import DataConfig, ModelConfig
 from minilora.errors import UserError
 
@@ -47,6 +51,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train an adapter on articles."""
     return train_adapter(base, tmp_path_factory.mktemp("runs") / "run", DataConfig(), ARTICLES)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    runs = tmp_path_factory.mktemp("checkpoints")
+    names = ("paths", "prompt", "messages", "text")
+    return {
+        name: train_adapter(base, runs / name, FORMATS[name].data, FORMATS[name].rows)
+        for name in names
+    }
 
 
 def ask_text(model: Path, tmp_path: Path, **options) -> str:
@@ -79,19 +93,69 @@ def test_rows_are_asked_as_in_training(name: str, base: Path, tmp_path: Path):
     assert ask(base, rows, tmp_path, adapter=str(checkpoint)) == expected
 
 
+# what is typed for a model of each format, and what it is then asked
+TYPED: dict[str, tuple[str, str | list[dict]]] = {
+    "paths": (TEXT, user(TEXT)),
+    "paths without chat": (TEXT, TEXT + "\n"),
+    "paths in Mistral's form": (TEXT, user(TEXT)),
+    "prompt": (json.dumps({"question": TEXT, "year": 7}), user(f"Q: {TEXT} (7)?")),
+    "prompt without chat": (TEXT, f"Q: {TEXT}?\nA:"),
+    "messages": (TEXT, user(TEXT)),
+    "text": (TEXT, TEXT),
+    "text without marker": (TEXT, TEXT),
+}
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_prompt_is_a_turn_or_a_text(
+def test_a_text_is_put_into_the_form_of_training(
     name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """--prompt asks in the trained form too; stdout holds the answer and nothing else."""
-    data, rows, _ = FORMATS[name]
+    """By --prompt, in a row of its own, and in Python; stdout holds the answer and nothing else."""
+    data, rows, asked_by = FORMATS[name]
     checkpoint = train_adapter(base, tmp_path / "run", data, rows)
-    is_plain = not data.chat or data.format == "text"
-    expected = transformers_answer(checkpoint, TEXT if is_plain else user(TEXT))
+    typed, asked = TYPED[name]
+    expected = transformers_answer(checkpoint, asked)
     capsys.readouterr()
-    assert infer.main(infer.Args(str(checkpoint), prompt=TEXT, **SHORT)) == 0
-    assert capsys.readouterr().out == expected + "\n"
-    assert ask_text(checkpoint, tmp_path) == expected
+    assert infer.main(infer_args(checkpoint, prompt=typed, **SHORT)) == 0
+    out, err = capsys.readouterr()
+    assert out == expected + "\n"
+    assert ("note: the prompt lacks the response marker" in err) == (name == "text")
+    (row,) = ask(checkpoint, [{"prompt": typed}], tmp_path)
+    assert row["generated"] == expected
+
+    # a row of the training format as JSON
+    of_row = transformers_answer(checkpoint, asked_by(rows[0]))
+    assert infer.main(infer_args(checkpoint, prompt=json.dumps(rows[0]), **SHORT)) == 0
+    assert capsys.readouterr().out == of_row + "\n"
+
+    model, tokenizer = minilora.load(str(checkpoint))
+    prompts = [minilora.format_prompt(tokenizer, what) for what in (typed, rows[0])]
+    answers = minilora.generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
+    assert answers == [expected, of_row]
+
+
+def test_a_text_for_several_columns_is_refused_before_the_model_is_loaded(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(infer, "load_files", None)
+    for typed, missing in ((TEXT, "question, year"), ('{"question": "x"}', "year")):
+        with pytest.raises(UserError, match=rf"columns question, year; missing: {missing}\."):
+            infer.main(infer_args(checkpoints["prompt"], prompt=typed))
+
+
+def test_the_form_of_a_config_with_several_formats(base: Path, tmp_path: Path):
+    """A file of the table is asked in its own form, anything else as the trained model would be."""
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "data:\n"
+        "  train_file: [a.jsonl, b.jsonl]\n"
+        "  file_formats:\n"
+        "    a.jsonl: {format: prompt, prompt_template: 'A: {q}', chat: false}\n"
+        "    b.jsonl: {format: prompt, prompt_template: 'B: {q}', chat: false}\n"
+    )
+    for source, expected in ((None, "A: {q}"), ("a.jsonl", "A: {q}"), ("b.jsonl", "B: {q}")):
+        args = infer_args(base, config=str(config), input=source)
+        assert infer.prepare(args).writer.data.prompt_template == expected
 
 
 def test_raw_prompts(checkpoint: Path, tmp_path: Path):
@@ -135,6 +199,31 @@ def test_a_checkpoint_finds_its_base_from_anywhere(
     assert ask_text(checkpoint, tmp_path) == transformers_answer(checkpoint, user(TEXT))
 
 
+def test_a_revision_is_that_of_the_model_or_of_the_adapter(
+    base: Path, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each flag has its own; a job that went on with another revision would mix two models."""
+    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": TEXT}]), tmp_path / "out.jsonl"
+    expected = transformers_answer(checkpoints["messages"], user(TEXT))
+    with running_hub(monkeypatch, tmp_path / "hf") as hub:
+        for name, version in (("messages", "v0"), ("paths", "v1")):
+            files = {
+                file: (checkpoints[name] / file).read_bytes()
+                for file in ("adapter_config.json", "adapter_model.safetensors")
+            }
+            hub.add("tester/adapter", files, tags=[version])
+        asked = {"adapter": "tester/adapter", **SHORT}
+        answer_file(base, source, target, adapter_revision="v0", **asked)
+        assert [row["generated"] for row in read_rows(target)] == [expected]
+        for other, message in (
+            ({"revision": "v0"}, "revision 'v0' belongs to a repository on the hub, and .*llama"),
+            ({"adapter_revision": "v1"}, r"other settings \(adapter_revision: 'v0' -> 'v1'\)"),
+            ({}, r"other settings \((adapter_revision|written): "),
+        ):
+            with pytest.raises(UserError, match=message):
+                answer_file(base, source, target, **other, **asked)
+
+
 # --- several answers, sampling, stopping ---
 
 
@@ -152,7 +241,7 @@ def test_several_samples(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     other = ask(checkpoint, rows, tmp_path, **options, seed=1)
     assert not {row["generated"] for row in other} & set(texts)
     capsys.readouterr()
-    infer.main(infer.Args(str(checkpoint), prompt=TEXT, max_new_tokens=NEW_TOKENS, **options))
+    infer.main(infer_args(checkpoint, prompt=TEXT, max_new_tokens=NEW_TOKENS, **options))
     assert capsys.readouterr().out == "\n---\n".join(texts[:4]) + "\n"
 
 
@@ -188,25 +277,19 @@ MALFORMED: dict[str, tuple[str, str, str]] = {  # format, line, what the message
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    runs = tmp_path_factory.mktemp("checkpoints")
-    names = ("paths", "prompt", "messages", "text")
-    return {
-        name: train_adapter(base, runs / name, FORMATS[name].data, FORMATS[name].rows)
-        for name in names
-    }
-
-
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_rows_are_named(case: str, checkpoints: dict[str, Path], tmp_path: Path):
+def test_malformed_rows_are_named(
+    case: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before the model is loaded."""
+    monkeypatch.setattr(infer, "load_files", None)
     name, line, message = MALFORMED[case]
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     good = FORMATS[name].rows[0]
     first, third = json.dumps({**good, "id": "line 1"}), json.dumps({**good, "id": "line 3"})
     source.write_text(f"{first}\n{line}\n{third}\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match="questions.jsonl:2: " + message):
-        infer.main(infer.Args(str(checkpoints[name]), input=str(source), output=str(target)))
+        infer.main(infer_args(checkpoints[name], input=str(source), output=str(target)))
     assert not target.exists()
 
 
@@ -232,6 +315,19 @@ BAD_ARGS: dict[str, tuple[list[str], str]] = {
     "judge_requests": (["--prompt", "x", "--judge_requests", "0"], "judge_requests"),
     "top_k": (["--prompt", "x", "--top_k", "-1"], "--top_k"),
     "seed": (["--prompt", "x", "--seed", "-1"], "--seed"),
+    "limit": (["--input", "rows.jsonl", "--output", "out.jsonl", "--limit", "0"], "--limit"),
+    "limit of a prompt": (["--prompt", "x", "--limit", "1"], "--limit"),
+    "equal samples": (["--prompt", "x", "--num_samples", "2", "--temperature", "0"], "--limit 2"),
+    "a directory's revision": (["--prompt", "x", "--revision", "v2"], "revision 'v2'"),
+    "no adapter's revision": (["--prompt", "x", "--adapter_revision", "v2"], "adapter_revision"),
+    "comparison of nothing": (
+        ["--input", "rows.jsonl", "--output", "out.jsonl", "--compare", "rows.jsonl"],
+        "--compare needs --metrics",
+    ),
+    "comparison with no answers": (
+        [*"--input rows.jsonl --output out.jsonl --metrics bleu --compare absent".split()],
+        "--compare: 'absent'",
+    ),
     "malformed": (["--input", "malformed.jsonl", "--output", "out.jsonl"], "malformed.jsonl:1: "),
 }
 
@@ -281,7 +377,7 @@ def test_an_adapter_of_an_unnamed_base_is_refused(
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": name}))
     with pytest.raises(UserError, match=rf"{re.escape(str(adapter))}.*base_model_name_or_path"):
-        infer.main(infer.Args(str(adapter), prompt=TEXT))
+        infer.main(infer_args(adapter, prompt=TEXT))
     answer = ask_text(base, tmp_path, adapter=str(adapter))
     assert answer == transformers_answer(checkpoint, user(TEXT))
 
@@ -290,7 +386,7 @@ def test_an_empty_prompt_is_refused(tmp_path: Path):
     """A model without BOS has nothing to go on."""
     base = write_base("qwen", tmp_path / "qwen")
     with pytest.raises(UserError, match="empty"):
-        infer.main(infer.Args(str(base), prompt="", raw=True))
+        infer.main(infer_args(base, prompt="", raw=True))
 
 
 def test_the_command_line(checkpoint: Path, command, tmp_path: Path):
@@ -305,12 +401,16 @@ def test_the_command_line(checkpoint: Path, command, tmp_path: Path):
     rows = read_rows(tmp_path / "out.jsonl")
     assert rows == [{"id": 0, "prompt": TEXT, "generated": expected}]
     assert command(str(checkpoint), "--promt", "x")[0] == 2
+    code, out, _ = command("--help")
+    assert code == 0 and "--prompt_template" in out
+    for theme in ("model", "question", "form", "sampling", "scoring"):
+        assert f" {theme} options " in out
 
 
 def test_blank_lines_of_the_input_are_skipped(checkpoint: Path, tmp_path: Path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n\n', encoding="utf-8")
-    args = infer.Args(
-        str(checkpoint),
+    args = infer_args(
+        checkpoint,
         input=str(tmp_path / "in.jsonl"),
         output=str(tmp_path / "out.jsonl"),
         max_new_tokens=2,
@@ -328,4 +428,4 @@ def test_arguments_that_would_lose_the_answers_are_refused(checkpoint: Path, tmp
         ({"output": str(tmp_path / "out")}, "in.jsonl:1"),
     ):
         with pytest.raises(UserError, match=message):
-            infer.main(infer.Args(str(checkpoint), input=str(tmp_path / "in.jsonl"), **options))
+            infer.main(infer_args(checkpoint, input=str(tmp_path / "in.jsonl"), **options))
