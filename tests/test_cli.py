@@ -18,7 +18,7 @@ from minilora.errors import RunError, UserError
 FIELDS = {field.name: getattr(Config(), field.name) for field in dataclasses.fields(Config)}
 SECTIONS = {name: type(value) for name, value in FIELDS.items() if dataclasses.is_dataclass(value)}
 SECTION_CLASSES = ", ".join(section.__name__ for section in SECTIONS.values())
-IMPORTS = f"from minilora.config import Config, {SECTION_CLASSES}\n"
+IMPORTS = f"from minilora.config import Config, RowFormat, {SECTION_CLASSES}\n"
 MINIMAL = 'config = Config(data=DataConfig(train_file="t.jsonl"))\n'
 
 
@@ -71,7 +71,13 @@ def load(tmp_path, monkeypatch):
         ("--train.ema_decay 0", "train.ema_decay", 0.0),
         ("--train.save_steps epoch", "train.save_steps", "epoch"),
         ("--train.save_steps 7", "train.save_steps", 7),
+        ("--train.save_steps 0.5", "train.save_steps", 0.5),
+        ("--train.save_steps 0", "train.save_steps", 0),
         ("--eval.eval_steps epoch", "eval.eval_steps", "epoch"),
+        ("--eval.eval_steps 0.25", "eval.eval_steps", 0.25),
+        ("--eval.eval_steps 0", "eval.eval_steps", 0),
+        ("--eval.eval_steps None", "eval.eval_steps", None),
+        ("--eval.max_time 2.5", "eval.max_time", 2.5),
         ("--eval.eval-on-start", "eval.eval_on_start", True),
         ("--hub.repo_id me/it", "hub.repo_id", "me/it"),
         ("--hub.private False", "hub.private", False),
@@ -134,8 +140,8 @@ def test_unknown_flag_exits_with_2_and_names_the_nearest(flags, nearest, load, c
         "--data.chat maybe",
         "--model.bits 5",
         "--train.save_steps epochs",
-        "--eval.eval_steps None",
-        "--eval.eval_steps 1.5",
+        "--eval.eval_steps never",
+        "--data.file_formats a.csv",
         "--train.ema_decay much",
         "--hub.push perhaps",
         "--data.train_weights twice",
@@ -218,7 +224,14 @@ def test_config_file_error_names_the_line(body, message, load):
         ("train=TrainConfig(ema_decay=True)", r"train\.ema_decay = True"),
         ("train=TrainConfig(save_steps='epochs')", r"train\.save_steps = 'epochs'"),
         ("train=TrainConfig(save_steps=True)", r"train\.save_steps = True"),
-        ("eval=EvalConfig(eval_steps=None)", r"eval\.eval_steps = None"),
+        ("eval=EvalConfig(eval_steps='0.5')", r"eval\.eval_steps = '0\.5'(.|\n)*without quotes"),
+        ("eval=EvalConfig(eval_steps=False)", r"eval\.eval_steps = False"),
+        ("data=DataConfig(file_formats=['a'])", r"data\.file_formats = \('a',\)"),
+        ("data=DataConfig(file_formats={'a': 'text'})", r"data\.file_formats = {'a': 'text'}"),
+        (
+            "data=DataConfig(file_formats={'a.csv': RowFormat(chat='no')})",
+            r"data\.file_formats\['a\.csv'\]\.chat = 'no'",
+        ),
         ("hub=HubConfig(repo_id=3)", r"hub\.repo_id = 3"),
         ("train=DataConfig()", r"train = "),
         ("train={'epochs': 1}", r"train = "),
@@ -295,9 +308,26 @@ def test_config_that_comes_with_the_project_loads(file):
         ),
         ("--train.max_grad_norm -1", "train.max_grad_norm"),
         ("--train.logging_steps 0", "logging_steps"),
-        ("--eval.eval_steps 0", "eval_steps"),
-        ("--train.save_steps 0", "save_steps"),
-        ("--train.save_steps -1", "save_steps"),
+        ("--eval.eval_steps -1", "eval.eval_steps"),
+        ("--eval.eval_steps 1.5", "eval.eval_steps"),
+        ("--eval.eval_steps -0.5", "eval.eval_steps"),
+        ("--eval.eval_steps nan", "eval.eval_steps"),
+        ("--train.save_steps 1.0", "train.save_steps 'epoch'"),
+        ("--train.save_steps -1", "train.save_steps"),
+        ("--eval.eval_steps 0 --eval.eval_on_start", "eval.eval_steps eval.eval_on_start"),
+        (
+            "--eval.eval_steps 0 --train.early_stopping_patience 2",
+            "eval.eval_steps train.early_stopping_patience",
+        ),
+        (
+            "--eval.eval_steps 0 --train.metric_for_best_model loss",
+            "eval.eval_steps train.metric_for_best_model",
+        ),
+        ("--eval.max_time 0", "eval.max_time"),
+        ("--eval.max_time -1", "eval.max_time"),
+        ("--eval.max_time nan", "eval.max_time"),
+        ("--parallel.strategy hsdp", "parallel.shard_size parallel.strategy"),
+        ("--parallel.strategy hsdp --parallel.shard_size 1", "parallel.shard_size ddp"),
         ("--train.save_total_limit 0", "train.save_total_limit"),
         ("--data.max_seq_length 1", "data.max_seq_length"),
         ("--data.train_size 0", "data.train_size"),
@@ -346,6 +376,11 @@ def test_bad_values_name_their_fields(flags, fields, load):
         "--train.max_grad_norm 0",
         "--train.min_lr_ratio 0.1 --train.lr_scheduler linear",
         "--train.save_steps 1",
+        "--train.save_steps 0.999 --eval.eval_steps 0.001",
+        "--eval.eval_steps 0 --data.eval_file e.jsonl",
+        "--eval.eval_steps 0 --eval.metrics bleu",
+        "--eval.eval_steps None --train.save_steps epoch",
+        "--parallel.strategy hsdp --parallel.shard_size 2",
         "--train.epochs 0.01",
         "--train.max_steps 1",
         "--data.format text",
@@ -369,6 +404,67 @@ def test_values_at_the_edge_are_accepted(flags, load):
     assert isinstance(load(*flags.split()), Config)
 
 
+TWO_FILES = "config = Config(data=DataConfig(train_file=('a', 'b'), eval_file='e', {}))\n"
+"""A config file with two training files; a test fills in the other settings of its data."""
+
+
+@pytest.mark.parametrize(
+    "settings, fields",
+    [
+        ("file_formats={'c': RowFormat(format='text')}", "data.file_formats 'c' data.train_file"),
+        (
+            "file_formats={'b': RowFormat(prompt_template='{q}')}",
+            "['b'] prompt_template format='prompt' 'paths'",
+        ),
+        (
+            "format='prompt', file_formats={'b': RowFormat(response_marker='A:')}",
+            "['b'] response_marker format='text' 'prompt'",
+        ),
+        (
+            "chat=False, file_formats={'b': RowFormat(format='messages')}",
+            "['b'] chat=False format='messages'",
+        ),
+        (
+            "file_formats={'b': RowFormat(format='text', response_marker='')}",
+            "['b'] response_marker empty",
+        ),
+        (
+            "response_marker='A:', file_formats={'b': RowFormat(format='prompt')}",
+            "data.response_marker data.format",
+        ),
+    ],
+)
+def test_an_entry_of_file_formats_that_cannot_hold_is_named(settings, fields, load):
+    with pytest.raises(UserError) as error:
+        load(body=TWO_FILES.format(settings))
+    assert all(field in str(error.value) for field in fields.split()), error.value
+
+
+def test_every_file_may_have_a_format_of_its_own(load):
+    """The model is then asked in the form of the first."""
+    settings = "file_formats={'a': RowFormat(format='text'), 'b': RowFormat(format='messages')}"
+    data = load(body=TWO_FILES.format(settings)).data
+    assert (data.format, data.asked_form.format) == ("paths", "text")
+    assert data.uses_chat_template  # for b
+
+
+def test_a_file_may_have_another_format(load):
+    """Each with what it inherits; flags leave the table as it is."""
+    settings = (
+        "format='prompt', response_template='{a}', response_marker='A:', chat=False, file_formats="
+        "{'b': RowFormat(format='text'), 'e': RowFormat(prompt_template='{x}', chat=True)}"
+    )
+    data = load("--data.max_seq_length", "99", body=TWO_FILES.format(settings)).data
+    assert list(data.file_formats) == ["b", "e"]
+    assert data.for_file("a") is data and data.asked_form is data
+    of_b, of_e = data.for_file("b"), data.for_file("e")
+    assert (of_b.format, of_b.response_marker, of_b.chat) == ("text", "A:", False)
+    assert (of_e.format, of_e.prompt_template, of_e.chat) == ("prompt", "{x}", True)
+    assert of_e.response_template == "{a}" and of_e.max_seq_length == 99
+    with pytest.raises(UserError, match=r"data\.file_formats: \['b'\]"):
+        load("--data.train_file", "a", body=TWO_FILES.format(settings))
+
+
 def test_config_read_back_from_a_checkpoint_is_unchanged(load):
     flags = (
         "--data.train_file A B --data.train_weights 2 0.5 --data.eval_first "
@@ -378,6 +474,14 @@ def test_config_read_back_from_a_checkpoint_is_unchanged(load):
     config = load(*flags, *steps)
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert changed_fields(config, saved) == []
+
+    # a table of formats may come and go: what it changes of the rows shows in their fingerprint
+    with_formats = load(*flags, *steps)
+    with_formats.data.file_formats = {"B": config_module.RowFormat(format="text")}
+    saved_then = json.loads(json.dumps(dataclasses.asdict(with_formats)))
+    assert changed_fields(with_formats, saved_then) == changed_fields(config, saved_then) == []
+    del saved["data"]["file_formats"]  # an older version's
+    assert changed_fields(with_formats, saved) == []
 
     changes: dict[str, tuple] = {
         "train_weights": (2.0, 1.0),

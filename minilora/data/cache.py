@@ -21,11 +21,12 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
 
 # settings on which tokenized files do not depend: they pick among the tokenized rows, or say how to
-# work. The names of the files are hashed apart
+# work. The names of the files are hashed apart, each with the settings that hold for it
 SETTINGS_NOT_IN_KEY = (
     "train_file",
     "train_weights",
     "eval_file",
+    "file_formats",
     "train_size",
     "eval_size",
     "eval_first",
@@ -50,12 +51,14 @@ def load_documents(
         setting: "train_file" or "eval_file".
 
     Raises:
-        UserError: a file cannot be read, no row is left to train on, or data.strict is set and a
-            row would be dropped.
+        UserError: a file cannot be read or is named twice, no row is left to train on, or
+            data.strict is set and a row would be dropped.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     # found once, for the key and for tokenizing: for a dataset this asks the hub
     files = {name: data_files(name, setting) for name in names}
+    _leave_out_named_files(files, data)
+    _refuse_shared_files(files, setting)
     cached = cache_directory() / f"{_cache_key(files, data, tokenizer)}.safetensors"
     with filelock.FileLock(f"{cached}.lock"):
         documents = _read_cached(cached)
@@ -88,6 +91,36 @@ def cache_directory() -> Path:
     )
 
 
+def _leave_out_named_files(files: FilesByName, data: DataConfig) -> None:
+    """Leave files that are named by themselves in data.file_formats out of directories and globs.
+
+    Changes `files` in place.
+    """
+    groups: list[str] = []  # names that may stand for several files
+    exceptions: set[Path] = set()
+    for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            groups.append(name)
+        elif name in data.file_formats:
+            exceptions.add(path.resolve())
+    for name in groups:
+        files[name] = [file for file in files[name] if file.path.resolve() not in exceptions]
+
+
+def _refuse_shared_files(files: FilesByName, setting: str) -> None:
+    """Raise UserError if two names of a setting stand for the same file."""
+    name_of: dict[Path, str] = {}
+    for name, files_of_name in files.items():
+        for file in files_of_name:
+            other = name_of.setdefault(file.path.resolve(), name)
+            if other != name:
+                raise UserError(
+                    f"data.{setting}: {file.shown} belongs to both {other!r} and {name!r}: "
+                    "use data.train_weights to use a file more than once"
+                )
+
+
 def _check_usable(documents: Documents, names: tuple[str, ...], strict: bool, setting: str) -> None:
     """Raise UserError if no row can be used, or, with data.strict, if any row was dropped."""
     messages = [message for dropped in documents.counts.dropped.values() for message in dropped]
@@ -104,9 +137,12 @@ def _cache_key(files: FilesByName, data: DataConfig, tokenizer: Tokenizer) -> st
     That is the settings, the files and their names (which are in the messages), the tokenizer's
     files, and the code of this folder.
     """
-    settings = {k: v for k, v in asdict(data).items() if k not in SETTINGS_NOT_IN_KEY}
-    file_names = list(files)
-    values = json.dumps([settings, file_names, tokenizer.chat_template], sort_keys=True)
+    settings = []
+    for name in files:
+        of_file = asdict(data.for_file(name))
+        used = {key: value for key, value in of_file.items() if key not in SETTINGS_NOT_IN_KEY}
+        settings.append([name, used])
+    values = json.dumps([settings, tokenizer.chat_template], sort_keys=True)
     sha = hashlib.sha256(values.encode())
 
     paths = [file.path for files_of_name in files.values() for file in files_of_name]

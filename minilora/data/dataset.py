@@ -65,7 +65,8 @@ class Counts:
         read: lines read.
         kept: rows that became documents.
         files: lines read under each name of the setting, in their order. The name of a dataset on
-            the hub may stand for several files.
+            the hub, a directory or a glob may stand for several files.
+        kept_of: rows kept under each of these names.
         dropped: reason -> one message `file:line: what is wrong` for each row dropped for it.
         truncated: rows with a shortened prompt.
         split: documents beyond the first of a row.
@@ -77,6 +78,7 @@ class Counts:
     read: int = 0
     kept: int = 0
     files: dict[str, int] = field(default_factory=dict)
+    kept_of: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
     truncated: int = 0
     split: int = 0

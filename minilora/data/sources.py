@@ -1,4 +1,4 @@
-"""Where rows come from: files on disk, or in a dataset repository of the Hugging Face hub.
+"""Where rows come from: files on disk, or a dataset of the Hugging Face hub (dataset_files.py).
 
 A file holds JSON lines, JSON, CSV, TSV or Parquet, and may be gzipped. Whatever it is, each row
 leaves this module as a `Line` with the row as JSON, so all that follows handles a single form:
@@ -6,7 +6,7 @@ leaves this module as a `Line` with the row as JSON, so all that follows handles
 """
 
 import csv
-import fnmatch
+import glob
 import gzip
 import io
 import json
@@ -17,38 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from minilora.errors import UserError
-from minilora.hub import fetch
-
-SUFFIXES = (
-    ".jsonl",
-    ".jsonl.gz",
-    ".json",
-    ".json.gz",
-    ".csv",
-    ".csv.gz",
-    ".tsv",
-    ".tsv.gz",
-    ".parquet",
+from minilora.data.dataset_files import (
+    SETTING_NAMES,
+    SUFFIXES,
+    dataset_files,
+    is_data_file,
+    parse_dataset_name,
+    parse_directory_name,
 )
-# names of the settings in messages
-SETTING_NAMES = {
-    "train_file": "data.train_file",
-    "eval_file": "data.eval_file",
-    "input": "--input",
-}
-# the splits that a setting takes of a dataset: the first one that exists
-DEFAULT_SPLITS = {
-    "train_file": ("train",),
-    "eval_file": ("validation", "test"),
-    "input": ("test",),
-}
-# the words in the name of a file, or of its folder, that say which split it belongs to
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
+from minilora.errors import UserError
 
 
 class DataFile(NamedTuple):
@@ -73,25 +50,10 @@ class Line(NamedTuple):
     problem: str = ""
     """Why the row cannot be read; empty if it can."""
 
-
-class DatasetName(NamedTuple):
-    """The parts of `owner/name[@revision][:files]`, which names files of a dataset on the hub."""
-
-    repository: str
-    """`owner/name`."""
-    revision: str | None
-    """Branch, tag or commit."""
-    files: str | None
-    """A split, a folder, or a glob over the repository's files."""
-
-
-class RepositoryFile(NamedTuple):
-    """A file of a dataset repository."""
-
-    name: Path
-    """Its path in the repository."""
-    path: Path
-    """Where it lies on disk, in the hub's cache."""
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing is written in the line."""
+        return not self.problem and not self.content.strip()
 
 
 # ---- finding files
@@ -101,10 +63,10 @@ def data_files(name: str, setting: str) -> list[DataFile]:
     """Find the files that a setting names.
 
     Args:
-        name: a file, or a dataset of the hub `owner/name[@revision][:split or glob]`. Of a
-            dataset without split or glob, train_file takes the training split (or all files, if
-            none is named after a split), eval_file the validation or test split, and input the
-            test split.
+        name: a file; a directory[:split or glob]; a glob of files; or a dataset of the hub
+            `owner/name[@revision][:split or glob]`. Of a directory or dataset without split or
+            glob, train_file takes the training split (or all files, if none is named after a
+            split), eval_file the validation or test split, and input the test split.
         setting: "train_file", "eval_file" or "input".
 
     Raises:
@@ -113,181 +75,29 @@ def data_files(name: str, setting: str) -> list[DataFile]:
     path = Path(name).expanduser()
     if path.is_file():
         return [DataFile(name, path)]
-    if path.exists():
-        raise UserError(f"{SETTING_NAMES[setting]}: {name!r} is not a file")
 
-    dataset = parse_dataset_name(name)
-    if dataset is None:
-        raise UserError(f"{SETTING_NAMES[setting]}: {name!r} does not exist")
-    files = _dataset_files(dataset, setting)
-    return [DataFile(f"{dataset.repository}/{file.name}", file.path) for file in files]
+    directory = parse_directory_name(name)
+    if directory is None and path.exists():
+        raise UserError(f"{SETTING_NAMES[setting]}: {name!r} is neither a file nor a directory")
 
-
-DATASET_NAME = re.compile(
-    r"""
-    (?P<repository> \w[\w.-]* / [\w.-]+? )
-    (?: @ (?P<revision> [\w./-]+ ) )?
-    (?: : (?P<files> .+ ) )?
-    """,
-    re.VERBOSE,
-)
+    dataset = directory or parse_dataset_name(name)
+    if dataset is not None:
+        files = dataset_files(dataset, setting)
+        return [DataFile(f"{dataset.repository}/{file.name}", file.path) for file in files]
+    if re.search(r"[*?[]", name):
+        return _files_of_glob(path, setting)
+    raise UserError(f"{SETTING_NAMES[setting]}: {name!r} does not exist")
 
 
-def parse_dataset_name(name: str) -> DatasetName | None:
-    """Split the name of a dataset on the hub into its parts; None for the name of a file."""
-    match = DATASET_NAME.fullmatch(name)
-    if match is None:
-        return None
-    dataset = DatasetName(match["repository"], match["revision"], match["files"])
-    looks_like_file = name.lower().endswith((*SUFFIXES, ".txt"))
-    return None if looks_like_file and dataset.files is None else dataset
-
-
-# Files are found in two steps: `_fetch_...` downloads what may be wanted, which is less than the
-# whole dataset where possible; `_pick_...` chooses among that.
-
-
-def _dataset_files(dataset: DatasetName, setting: str) -> list[RepositoryFile]:
-    """Return the files of a dataset that a setting takes. Raises UserError if there are none."""
-    if dataset.files is None:
-        files = _default_files(dataset, setting)
-        _refuse_several_sets(dataset, files, setting)
-    elif re.search(r"[*./]", dataset.files):  # a glob, or the path of a file
-        files = _fetch_files(dataset, [dataset.files], setting)
-    else:
-        files = _split_or_folder_files(dataset, dataset.files.lower(), setting)
-        _refuse_several_sets(dataset, files, setting)
-
+def _files_of_glob(pattern: Path, setting: str) -> list[DataFile]:
+    """Return the data files that match a glob. Raises UserError if there are none."""
+    found = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
+    files = [DataFile(str(path), path) for path in found if is_data_file(path)]
     if not files:
-        sought = dataset.files or " or ".join(DEFAULT_SPLITS[setting])
-        kinds = ", ".join(SUFFIXES)
         raise UserError(
-            f"{SETTING_NAMES[setting]}: dataset {dataset.repository} has no {sought} file ({kinds})"
+            f"{SETTING_NAMES[setting]}: '{pattern}' matches no data file ({', '.join(SUFFIXES)})"
         )
     return files
-
-
-def _default_files(dataset: DatasetName, setting: str) -> list[RepositoryFile]:
-    """Return what a setting takes of a dataset whose name says neither split nor files."""
-    splits = DEFAULT_SPLITS[setting]
-    files = _pick_split(splits, _fetch_splits(dataset, splits, setting))
-    if not files and setting == "train_file":
-        every_file = [_any_case(f"*{suffix}") for suffix in SUFFIXES]
-        files = _pick_for_setting(setting, _fetch_files(dataset, every_file, setting))
-    return files
-
-
-def _split_or_folder_files(dataset: DatasetName, wanted: str, setting: str) -> list[RepositoryFile]:
-    """Return a named split, or else what a setting takes of the folder with that name.
-
-    Args:
-        dataset: the dataset.
-        wanted: name of the split or folder, in lower case.
-        setting: the setting.
-    """
-    fetched = _fetch_splits(dataset, (wanted,), setting)
-    files = _pick_split((wanted,), fetched)
-    if not files:
-        folder = [file for file in fetched if wanted in _folders(file.name)]
-        files = _pick_for_setting(setting, folder)
-    return files
-
-
-def _pick_for_setting(setting: str, files: list[RepositoryFile]) -> list[RepositoryFile]:
-    """Pick the split that a setting takes; training takes files of no split if there is none."""
-    picked = _pick_split(DEFAULT_SPLITS[setting], files)
-    if not picked and setting == "train_file":
-        picked = [file for file in files if _split_of(file.name) is None]
-    return picked
-
-
-def _pick_split(splits: tuple[str, ...], files: list[RepositoryFile]) -> list[RepositoryFile]:
-    """Pick the files of the first split that has any.
-
-    A name that is not a split picks the files that are called so.
-    """
-    for split in splits:
-        picked = []
-        for file in files:
-            belongs_to_split = _split_of(file.name) == split
-            is_called_so = _stem(file.name).lower() == split
-            if belongs_to_split or is_called_so:
-                picked.append(file)
-        if picked:
-            return picked
-    return []
-
-
-def _fetch_splits(
-    dataset: DatasetName, splits: tuple[str, ...], setting: str
-) -> list[RepositoryFile]:
-    """Fetch every data file that may belong to one of the splits, by its name or its folders."""
-    patterns = []
-    for split in splits:
-        for word in SPLIT_WORDS.get(split, (split,)):
-            patterns += [_any_case(f"*{word}*{suffix}") for suffix in SUFFIXES]
-    return _fetch_files(dataset, patterns, setting)
-
-
-def _fetch_files(dataset: DatasetName, patterns: list[str], setting: str) -> list[RepositoryFile]:
-    """Fetch the data files whose path in the repository matches a pattern, in order of path."""
-    message_start = f"{SETTING_NAMES[setting]}: {dataset.repository!r} is not a file"
-    root = fetch(dataset.repository, dataset.revision, patterns, message_start, kind="dataset")
-    files = []
-    for path in sorted(root.rglob("*")):  # what earlier calls have fetched is there, too
-        name = path.relative_to(root)
-        matches = any(fnmatch.fnmatch(str(name), pattern) for pattern in patterns)
-        if matches and path.name.lower().endswith(SUFFIXES) and path.is_file():
-            files.append(RepositoryFile(name, path))
-    return files
-
-
-def _refuse_several_sets(dataset: DatasetName, files: list[RepositoryFile], setting: str) -> None:
-    """Raise UserError, with a glob for each set, if the files are not all of one set."""
-    globs = {_glob_of_set(file.name) for file in files}
-    if len(globs) > 1:
-        choices = " or ".join(f"{dataset.repository}:{pattern}" for pattern in sorted(globs))
-        raise UserError(
-            f"{SETTING_NAMES[setting]}: dataset {dataset.repository} holds several sets of files: "
-            f"name one, {choices}"
-        )
-
-
-def _glob_of_set(file: Path) -> str:
-    """Return the glob for a file and the others of its set, e.g. `main/train*.parquet`.
-
-    The shards of a set differ in their numbers alone (train-00000-of-00002). Files that differ in
-    anything else (folder, kind, split in the name) are of different sets.
-    """
-    folder = "" if file.parent == Path() else f"{file.parent}/"
-    is_named_after_split = _split_of(Path(file.name)) is not None
-    stem = _stem(file) if is_named_after_split else ""
-    suffixes = "".join(file.suffixes)
-    return f"{folder}{stem}*{suffixes}"
-
-
-def _stem(file: Path) -> str:
-    """Return a file's name without its suffixes and without the number of its shard."""
-    return re.sub(r"-\d+-of-\d+.*", "", file.name.partition(".")[0])
-
-
-def _folders(file: Path) -> list[str]:
-    """Return the names of the folders that a file lies in, in lower case."""
-    return [folder.lower() for folder in file.parts[:-1]]
-
-
-def _split_of(file: Path) -> str | None:
-    """Return the split in a file's name, or else in the nearest folder's name that has one."""
-    for name in (_stem(file), *(folder.name for folder in file.parents)):
-        for split, words in SPLIT_WORDS.items():
-            if re.search(rf"(?<![a-z])(?:{'|'.join(words)})(?![a-z])", name.lower()):
-                return split
-    return None
-
-
-def _any_case(pattern: str) -> str:
-    """Return a glob that matches letters in either case; the hub's globs tell them apart."""
-    return "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in pattern)
 
 
 # ---- reading a file
@@ -311,6 +121,14 @@ def read_lines(name: str, path: Path) -> list[Line]:
     except (OSError, EOFError, ValueError, RecursionError, OverflowError, zlib.error) as error:
         kind = path.suffix.lstrip(".") or "JSON lines"
         raise UserError(f"{name}: not readable as {kind}: {error}") from error
+
+
+def first_rows(lines: list[Line], limit: int) -> list[Line]:
+    """Return the lines through the first `limit` that are not blank."""
+    rows = [i for i, line in enumerate(lines) if not line.is_blank]
+    if limit >= len(rows):
+        return lines
+    return lines[: rows[limit]] if limit > 0 else []
 
 
 def _read_file(path: Path) -> Iterator[Line]:

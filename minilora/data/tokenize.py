@@ -22,10 +22,11 @@ import tqdm
 from minilora import distributed
 from minilora.config import DataConfig
 from minilora.data.dataset import NO_EDGE, Counts, Documents
+from minilora.data.dataset_files import SETTING_NAMES
 from minilora.data.example import Edge, Example, RowError, Span
 from minilora.data.formats import build_examples, parse_row
 from minilora.data.paths import keep_probabilities
-from minilora.data.sources import SETTING_NAMES, FilesByName, Line, read_lines
+from minilora.data.sources import FilesByName, Line, first_rows, read_lines
 from minilora.data.tokenizer import Encoding, Tokenizer
 from minilora.errors import UserError
 
@@ -76,6 +77,8 @@ class RowResult:
 class Chunk(NamedTuple):
     """Consecutive lines of one file: what a worker process takes at a time."""
 
+    name: str
+    """The name of the setting that stands for the file; it tells the format of the rows."""
     file_name: str
     """The file's name in messages."""
     first_row: int
@@ -95,22 +98,28 @@ class TokenMarks(NamedTuple):
 
 
 def tokenize_files(
-    files: FilesByName, data: DataConfig, tokenizer: Tokenizer, setting: str
+    files: FilesByName,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    setting: str,
+    limit: int | None = None,
 ) -> Documents:
     """Tokenize every usable row of some files, and count what became of the others.
 
     Args:
         files: the files, by the names that the setting holds; see `sources.data_files`. How often
-            an edge occurs is counted over all of them.
-        data: settings of the format, the longest document, and the number of worker processes.
+            an edge occurs is counted over all of them that have the format paths.
+        data: settings of the format, of the files that have another one, of the longest document,
+            and the number of worker processes.
         tokenizer: the tokenizer, with its chat template.
         setting: "train_file", "eval_file" or "input", for the progress bar.
+        limit: read only the lines through the first N that are not blank; None: all.
 
     Raises:
         UserError: a file cannot be read, or a row is too long with data.too_long="error".
     """
     counts = Counts(", ".join(files))
-    chunks = _read_chunks(files, counts)
+    chunks = _read_chunks(files, counts, limit)
     bar = tqdm.tqdm(
         total=counts.read,
         desc=f"tokenizing {SETTING_NAMES[setting]}",
@@ -121,11 +130,12 @@ def tokenize_files(
 
     kept: list[RowResult] = []
     edge_counts: Counter[Edge] = Counter()
-    for results in _tokenize_chunks(chunks, data, tokenizer):
+    results_of_chunks = _tokenize_chunks(chunks, data, tokenizer)
+    for chunk, results in zip(chunks, results_of_chunks, strict=True):
         bar.update(len(results))
         for result in results:
             edge_counts.update(result.edges)
-            _count_row(result, counts)
+            _count_row(result, chunk.name, counts)
             if result.documents:
                 kept.append(result)
     bar.close()
@@ -140,6 +150,10 @@ def format_counts(counts: Counts) -> str:
     """Format what became of the lines of some files, for the terminal."""
     dropped = counts.read - counts.kept
     lines = [f"{counts.name}: {counts.read} lines read, {counts.kept} kept, {dropped} dropped"]
+    if len(counts.files) > 1:
+        for name, read in counts.files.items():
+            kept = counts.kept_of[name]
+            lines.append(f"  {name}: {read} lines read, {kept} kept, {read - kept} dropped")
     for reason, messages in sorted(counts.dropped.items()):
         lines.append(f"  {len(messages):>6} {reason}")
         lines += [f"         {message}" for message in messages[:MESSAGES_SHOWN]]
@@ -158,27 +172,33 @@ def format_counts(counts: Counts) -> str:
     return "\n".join(lines)
 
 
-def _read_chunks(files: FilesByName, counts: Counts) -> list[Chunk]:
-    """Read all lines, in chunks, and write into `counts` how many each file has."""
+def _read_chunks(files: FilesByName, counts: Counts, limit: int | None) -> list[Chunk]:
+    """Read all lines, or the first ones, in chunks; write into `counts` how many each file has."""
     chunks = []
+    rows_left = limit
     for name, files_of_name in files.items():
         read_before = counts.read
         for file in files_of_name:
             lines = read_lines(file.shown, file.path)
+            if rows_left is not None:
+                lines = first_rows(lines, rows_left)
+                rows_left -= sum(not line.is_blank for line in lines)
             for start in range(0, len(lines), CHUNK_LINES):
                 chunk_lines = lines[start : start + CHUNK_LINES]
-                chunks.append(Chunk(file.shown, counts.read + start, chunk_lines))
+                chunks.append(Chunk(name, file.shown, counts.read + start, chunk_lines))
             counts.read += len(lines)
         counts.files[name] = counts.read - read_before
+        counts.kept_of[name] = 0
     return chunks
 
 
-def _count_row(result: RowResult, counts: Counts) -> None:
-    """Add one row to the counts."""
+def _count_row(result: RowResult, name: str, counts: Counts) -> None:
+    """Add one row, of the files that the setting has under a name, to the counts."""
     if result.dropped_because:
         counts.dropped.setdefault(result.dropped_because, []).append(result.message)
         return
     counts.kept += 1
+    counts.kept_of[name] += 1
     counts.split += len(result.documents) - 1
     counts.straddling += sum(document.straddling for document in result.documents)
     if any(document.truncated for document in result.documents):
@@ -270,7 +290,7 @@ def _start_spawned_worker(data: DataConfig, directory: str, chat_template: str |
 def _tokenize_chunk(chunk: Chunk) -> list[RowResult]:
     """Tokenize the rows of a chunk."""
     assert _worker is not None
-    data, tokenizer = _worker.data, _worker.tokenizer
+    data, tokenizer = _worker.data.for_file(chunk.name), _worker.tokenizer
     return [
         tokenize_row(line, chunk.first_row + i, chunk.file_name, data, tokenizer)
         for i, line in enumerate(chunk.lines)
@@ -294,7 +314,7 @@ def tokenize_row(
     """
     result = RowResult(row_index)
     try:
-        if not line.problem and not line.content.strip():
+        if line.is_blank:
             raise RowError("blank line", "blank")
         examples = build_examples(parse_row(line), data, tokenizer)
         result.edges = examples[0].edges  # before tokenizing: rows that are too long count too

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora import distributed
 from minilora.config import Config, DataConfig
 from minilora.data.added_tokens import tokenizer_with_added_tokens
 from minilora.data.cache import load_documents
 from minilora.data.chat_template import load_chat_template
 from minilora.data.dataset import Documents, EvalSet
-from minilora.data.tokenizer import Tokenizer
+from minilora.data.tokenizer import Tokenizer, has_tokenizer
 from minilora.errors import UserError
 from minilora.evaluation.text import score
 from minilora.files import read_json
@@ -27,7 +28,8 @@ class TrainingData:
         train_indices: which of the documents an epoch goes through, int64; a document may be
             there several times (data.train_weights).
         eval_sets: in_domain, drawn from the training files, then out_of_domain if there is
-            data.eval_file. In-domain documents may be trained on too, as in OLLM.
+            data.eval_file; none if the run has no evaluations. In-domain documents may be trained
+            on too, as in OLLM.
     """
 
     documents: Documents
@@ -81,20 +83,44 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> TrainingData:
     """
     data = config.data
     documents = load_documents(data.train_file, data, tokenizer, "train_file")
-    # another seed than that of train_size, so that the two samples are independent
-    in_domain = _eval_indices(documents, data, config.seed + 1)
-    eval_sets = [EvalSet("in_domain", documents, in_domain)]
-    if data.eval_file:
-        held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
-        out_of_domain = _eval_indices(held_out, data, config.seed)
-        eval_sets.append(EvalSet("out_of_domain", held_out, out_of_domain))
+    eval_sets = [] if config.eval.is_off else _load_eval_sets(config, tokenizer, documents)
+    if config.eval.is_off:
+        _log_without_evaluations(config)
 
     _check_metrics(config, eval_sets, tokenizer)
-    _check_vocabulary(config, eval_sets, tokenizer, base)
+    every_document = [documents, *(eval_set.documents for eval_set in eval_sets)]
+    _check_vocabulary(config, every_document, tokenizer, base)
     if not trains_embeddings(config):
         warn_about_unlearnt_tokens(documents, tokenizer, base)
     train_indices = training_indices(documents, data, config.seed)
     return TrainingData(documents, train_indices, eval_sets)
+
+
+def _log_without_evaluations(config: Config) -> None:
+    """Print what else a run without evaluations does not do, if there is anything."""
+    consequences = []
+    if config.data.eval_file:
+        consequences.append(f"data.eval_file {config.data.eval_file} is not read")
+    if config.train.save_steps is None:
+        consequences.append("and no checkpoint before the end (train.save_steps)")
+    if consequences:
+        missing = ", ".join(["no evaluations", *consequences])
+        distributed.log(f"eval.eval_steps={config.eval.eval_steps}: {missing}")
+
+
+def _load_eval_sets(
+    config: Config, tokenizer: Tokenizer, train_documents: Documents
+) -> list[EvalSet]:
+    """Return the evaluation sets: in_domain, and out_of_domain if there is data.eval_file."""
+    data = config.data
+    # another seed than that of train_size, so that the two samples are independent
+    in_domain = _eval_indices(train_documents, data, config.seed + 1)
+    eval_sets = [EvalSet("in_domain", train_documents, in_domain)]
+    if data.eval_file:
+        held_out = load_documents(data.eval_file, data, tokenizer, "eval_file")
+        out_of_domain = _eval_indices(held_out, data, config.seed)
+        eval_sets.append(EvalSet("out_of_domain", held_out, out_of_domain))
+    return eval_sets
 
 
 def training_indices(documents: Documents, data: DataConfig, seed: int) -> np.ndarray:
@@ -139,8 +165,10 @@ def training_indices(documents: Documents, data: DataConfig, seed: int) -> np.nd
 def eval_prompts(config: Config, eval_sets: list[EvalSet]) -> list[tuple[list[int], list[int]]]:
     """Return (prompt ids, target ids) of the documents that each evaluation generates answers for.
 
-    They are the first eval.num_generate_samples of the last evaluation set.
+    They are the first eval.num_generate_samples of the last evaluation set, or none without sets.
     """
+    if not eval_sets:
+        return []
     last = eval_sets[-1]
     indices = last.indices[: config.eval.num_generate_samples]
     return [last.documents.prompt_and_target(i) for i in indices]
@@ -164,8 +192,7 @@ def _check_initial_adapter(config: Config, name: str, tokenizer: Tokenizer) -> N
         return
 
     adapter = resolve(name)
-    has_tokenizer = any(adapter.glob("tokenizer.[jm]*"))  # tokenizer.json or tokenizer.model
-    if not has_tokenizer:
+    if not has_tokenizer(adapter):
         return
     learnt = Tokenizer(adapter).specials
     missing = [token for token, i in learnt.items() if tokenizer.specials.get(token) != i]
@@ -197,15 +224,14 @@ def _check_metrics(config: Config, eval_sets: list[EvalSet], tokenizer: Tokenize
 
 
 def _check_vocabulary(
-    config: Config, eval_sets: list[EvalSet], tokenizer: Tokenizer, base: Path
+    config: Config, documents: list[Documents], tokenizer: Tokenizer, base: Path
 ) -> None:
     """Raise UserError if a token has no row in the model, which is never resized unasked."""
     rows = read_json(base / "config.json").get("vocab_size") or 0  # null counts as 0
     if config.data.add_tokens:
         rows = max(rows, tokenizer.vocab_size)
 
-    # the `documents` of the in-domain set are all training documents, its `indices` a sample
-    largest = max(int(eval_set.documents.tokens.max()) for eval_set in eval_sets)
+    largest = max(int(of_files.tokens.max()) for of_files in documents)
     if largest >= rows:
         token = tokenizer.decode([largest], skip_special_tokens=False)
         raise UserError(

@@ -1,13 +1,13 @@
-"""Every kind of file gives the rows of its JSON lines, and a dataset of the hub the right files."""
+"""Every kind of file gives the rows of its JSON lines, and a glob its files."""
 
 import csv
 import datetime
 import gzip
 import io
 import json
+import os
 import random
 import re
-import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -16,7 +16,6 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 
 from helpers.data_rows import same_arrays, to_parquet, tokenizer
 from helpers.tiny_runs import write_paths
@@ -347,141 +346,54 @@ def test_a_misspelt_name_is_not_looked_for_on_the_hub(name: str, monkeypatch: py
         data_files(name, "eval_file")
 
 
-def test_a_directory_is_not_a_file(tmp_path: Path):
-    with pytest.raises(UserError, match=r"data\.train_file: .*is not a file"):
-        data_files(str(tmp_path), "train_file")
+def test_a_pipe_is_neither_file_nor_directory(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"data\.train_file: .*is neither a file nor a directory"):
+        data_files(str(tmp_path / "pipe"), "train_file")
 
 
-# ---- datasets of the hub, here directories; test_hub_upload.py has tests with the real client
-
-TRAIN_0, TRAIN_1, TEST_0 = (
-    f"data/{shard}-of-00002.parquet" for shard in ("train-00000", "train-00001", "test-00000")
-)
-REPOSITORIES = {
-    "shards": [TRAIN_0, TRAIN_1, TEST_0, "README.md"],
-    "plain": [
-        "train.jsonl",
-        "validation.jsonl",
-        "test.jsonl",
-        "constraints.jsonl",
-        "dataset_infos.json",
-    ],
-    "one": ["data.csv", "README.md"],
-    "configs": [
-        "main/train-00000-of-00001.parquet",
-        "main/test-00000-of-00001.parquet",
-        "socratic/train-00000-of-00001.parquet",
-        "socratic/test-00000-of-00001.parquet",
-    ],
-    "folders": ["train/0.jsonl", "train/1.jsonl", "test/0.jsonl"],
-    "zipped": ["en/train.jsonl.gz", "de/train.jsonl.gz"],
-    "Kaggle": ["Train.csv", "Test.csv"],
-    "held out": ["data.jsonl", "test.jsonl"],
-    "near": ["constraints.jsonl", "latest.jsonl"],
-    "val": ["train.jsonl", "val.jsonl"],
-    "kinds": ["train.jsonl", "train.parquet"],
-    "text": ["train.txt"],
-}
+# ---- globs
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`hub(layout)` gives every dataset those files; it returns what was asked for."""
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where the hub is asked."""
 
-    def serve(layout: str) -> list[tuple]:
-        store, snapshot = tmp_path / "store" / layout, tmp_path / "snapshot" / layout
-        asked: list[tuple] = []
-        for name in REPOSITORIES[layout]:
-            (store / name).parent.mkdir(parents=True, exist_ok=True)
-            (store / name).write_text(json.dumps({"prompt": name, "completion": "c"}) + "\n")
+    def snapshot_download(*arguments, **options):
+        pytest.fail("asked the hub")
 
-        def snapshot_download(repository, *, repo_type, revision, allow_patterns):
-            asked.append((repository, repo_type, revision))
-            names = filter_repo_objects(REPOSITORIES[layout], allow_patterns=allow_patterns)
-            for name in names:
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(store / name, snapshot / name)
-            return str(snapshot)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        return asked
-
-    return serve
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
 
-@pytest.mark.parametrize(
-    ("layout", "name", "setting", "files"),
-    [
-        ("shards", "o/n", "train_file", [TRAIN_0, TRAIN_1]),
-        ("shards", "o/n", "eval_file", [TEST_0]),
-        ("shards", "o/n", "input", [TEST_0]),
-        ("shards", "o/n:test", "train_file", [TEST_0]),
-        ("shards", "o/n:data/train-00001*", "train_file", [TRAIN_1]),
-        ("plain", "o/n", "train_file", ["train.jsonl"]),
-        ("plain", "o/n", "eval_file", ["validation.jsonl"]),
-        ("plain", "o/n:test", "eval_file", ["test.jsonl"]),
-        ("plain", "o/n:constraints.jsonl", "train_file", ["constraints.jsonl"]),
-        ("one", "o/n", "train_file", ["data.csv"]),
-        ("configs", "o/n:main/train*", "train_file", ["main/train-00000-of-00001.parquet"]),
-        ("configs", "o/n:socratic/test*", "eval_file", ["socratic/test-00000-of-00001.parquet"]),
-        ("folders", "o/n", "train_file", ["train/0.jsonl", "train/1.jsonl"]),
-        ("folders", "o/n", "eval_file", ["test/0.jsonl"]),
-        ("zipped", "o/n:en", "train_file", ["en/train.jsonl.gz"]),
-        ("val", "o/n", "train_file", ["train.jsonl"]),
-        ("val", "o/n:val", "eval_file", ["val.jsonl"]),
-    ],
-)
-def test_the_files_of_a_dataset(layout: str, name: str, setting: str, files: list[str], hub):
-    asked = hub(layout)
-    for again in range(2):  # with what the first call left in the cache
-        found = data_files(name, setting)
-        assert [shown for shown, _ in found] == [f"o/n/{file}" for file in files], again
-        assert [json.loads(path.read_text())["prompt"] for _, path in found] == files
-    assert {*asked} == {("o/n", "dataset", None)}
+def test_a_glob_names_every_data_file_that_matches(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["b.jsonl", "a.csv", "a/c.jsonl", "a/b/d.jsonl", "a.md", "x[1].jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+
+    def found(pattern: str) -> list[str]:
+        files = data_files(pattern, "train_file")
+        assert all(Path(shown).samefile(path) for shown, path in files)
+        return [shown for shown, _ in files]
+
+    assert found("*.jsonl") == ["b.jsonl", "x[1].jsonl"]
+    assert found("[ab].*") == ["a.csv", "b.jsonl"], "a.md is not of a kind that holds rows"
+    assert found("**/*.jsonl") == ["a/b/d.jsonl", "a/c.jsonl", "b.jsonl", "x[1].jsonl"]
+    assert found(f"{tmp_path}/?/*") == [f"{tmp_path}/a/c.jsonl"]
+    assert found("x[1].jsonl") == ["x[1].jsonl"], "a file of that name comes first"
+    for pattern in ("c*.jsonl", "*.md", "?"):
+        with pytest.raises(UserError, match=r"data\.eval_file: .* matches no data file .*\.jsonl"):
+            data_files(pattern, "eval_file")
 
 
-def test_a_revision_may_have_slashes(hub):
-    asked = hub("plain")
-    for name in ("some-one/n.2@refs/convert/parquet", "some-one/n.2@v1.0:test"):
-        data_files(name, "train_file")
-    assert asked == [
-        ("some-one/n.2", "dataset", "refs/convert/parquet"),
-        ("some-one/n.2", "dataset", "v1.0"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("layout", "name", "setting", "message"),
-    [
-        ("configs", "o/n", "train_file", r"several sets.*o/n:main/\S+ or o/n:socratic/"),
-        ("kinds", "o/n", "train_file", r"several sets.*o/n:train\*\.jsonl or o/n:train\*\.parquet"),
-        ("one", "o/n", "eval_file", "no validation or .*test file"),
-        ("one", "o/n:train", "train_file", "no train file"),
-        ("near", "o/n:train", "train_file", "no train file"),
-        ("near", "o/n", "eval_file", "no validation or .*test file"),
-        ("text", "o/n", "train_file", r"no .*\.jsonl.*\.parquet"),
-        ("shards", "o/n:data/dev*", "train_file", r"no data/dev\* file"),
-    ],
-)
-def test_a_dataset_without_such_files(layout: str, name: str, setting: str, message: str, hub):
-    hub(layout)
-    with pytest.raises(UserError, match=rf"data\.{setting}: dataset o/n .*{message}"):
-        data_files(name, setting)
-
-
-@pytest.mark.parametrize("layout", ["configs", "zipped", "kinds"])
-def test_the_choices_that_are_named_are_choices(layout: str, hub):
-    """What the message says to write works, and holds no row of another split."""
-    hub(layout)
-    with pytest.raises(UserError) as error:
-        data_files("o/n", "train_file")
-    for choice in re.findall(r"o/n:\S+", str(error.value)):
-        found = data_files(choice.rstrip(","), "train_file")
-        assert all("train" in shown for shown, _ in found), choice
-
-
-@pytest.mark.parametrize("layout", ["Kaggle", "held out"])
-def test_no_test_file_is_trained_on_unasked(layout: str, hub):
-    hub(layout)
-    found = [shown for shown, _ in data_files("o/n", "train_file")]
-    assert found == [f"o/n/{REPOSITORIES[layout][0]}"]
+def test_a_glob_makes_one_set_of_its_files(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        row = {"prompt": f"p{i}", "completion": "c"}
+        (tmp_path / f"rows-{i}.jsonl").write_text(json.dumps(row) + "\n{\n")
+    data = DataConfig(format="prompt", num_workers=1)
+    counts = load_documents("rows-*.jsonl", data, tokenizer("llama2"), "train_file").counts
+    assert (counts.kept, counts.files) == (3, {"rows-*.jsonl": 6})
+    broken = [message.split(": ")[0] for message in counts.dropped["malformed"]]
+    assert broken == [f"rows-{i}.jsonl:2" for i in range(3)]

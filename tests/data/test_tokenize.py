@@ -373,3 +373,22 @@ def test_edges_are_counted_over_all_files(three_files, three_tokenized):
     assert three_tokenized.keep_probability.tolist() == pytest.approx(expected, rel=1e-12)
     assert min(expected) < 1
     assert np.diff(three_tokenized.keep_offsets).tolist() == [len(row) for row in edges]
+
+
+@pytest.mark.parametrize("limit", [0, 4, 9, 15, 16, 27, 99])
+def test_a_limit_takes_the_first_rows_that_are_not_blank(limit, three_files):
+    files = {name: data_files(name, "input") for name in three_files}
+    data = DataConfig(num_workers=1)
+    documents = tokenize_files(files, data, tokenizer("llama2"), "input", limit)
+    # the rows of all files, among them a broken one, which counts as a row
+    rows = [row for name in three_files for row in lines_of(name)]
+    taken = [i for i, row in enumerate(rows) if row != b""][:limit]
+    assert documents.counts.read - len(documents.counts.dropped.get("blank line", ())) == len(taken)
+    assert documents.row_index.tolist() == [i for i in taken if rows[i] != b"{"]
+
+
+def lines_of(name: str) -> list[bytes]:
+    """The lines of a file as they are; of a Parquet file one per row."""
+    if name.endswith("parquet"):
+        return [b"row"] * pyarrow.parquet.read_table(name).num_rows
+    return Path(name).read_bytes().splitlines()

@@ -15,7 +15,7 @@ from minilora.data.dataset import Documents, step_order
 from minilora.data.sources import data_files
 from minilora.data.tokenize import tokenize_files
 from minilora.errors import UserError
-from minilora.training.datasets import training_indices
+from minilora.training.datasets import eval_prompts, load_data, make_tokenizer, training_indices
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +77,41 @@ def test_a_preview_goes_on_in_the_next_file(files, documents, tmp_path):
     lines = (tmp_path / "out" / "preview.jsonl").read_text(encoding="utf-8").splitlines()
     shown = [json.loads(line)["index"] for line in lines]
     assert shown == documents.row_index[:12].tolist()
+
+
+@pytest.mark.parametrize("eval_steps", [0, None, 0.0])
+def test_without_evaluations_no_evaluation_file_is_read(eval_steps, tmp_path, capsys):
+    base = base_model(tmp_path / "base")
+    run = config(tmp_path, base, data__eval_file="absent.jsonl", eval__eval_steps=eval_steps)
+    of_base = make_tokenizer(run, base)
+    loaded = load_data(run, of_base, base)
+    assert loaded.eval_sets == [] and eval_prompts(run, loaded.eval_sets) == []
+    assert len(loaded.train_indices) == 26
+    off = f"eval.eval_steps={eval_steps}: no evaluations"
+    not_read = "data.eval_file absent.jsonl is not read"
+    no_checkpoint = "and no checkpoint before the end (train.save_steps)"
+    assert f"{off}, {not_read}, {no_checkpoint}\n" in capsys.readouterr().err
+
+    run.train.save_steps = 5
+    load_data(run, of_base, base)
+    assert f"{off}, {not_read}\n" in capsys.readouterr().err
+    run.data.eval_file = None
+    load_data(run, of_base, base)
+    assert "no evaluations" not in capsys.readouterr().err
+    run.train.save_steps = None
+    load_data(run, of_base, base)
+    assert f"{off}, {no_checkpoint}\n" in capsys.readouterr().err
+
+    run.data.eval_file = "absent.jsonl"
+    run.eval.eval_steps = 1
+    with pytest.raises(UserError, match=r"data\.eval_file: 'absent\.jsonl' does not exist"):
+        load_data(run, of_base, base)
+
+
+def test_a_token_without_a_row_is_found_without_evaluations_too(tmp_path):
+    base = base_model(tmp_path / "base")
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, "vocab_size": 40}))
+    run = config(tmp_path, base, eval__eval_steps=0)
+    with pytest.raises(UserError, match="has a vocab_size of 40"):
+        load_data(run, make_tokenizer(run, base), base)
