@@ -8,6 +8,7 @@ run; everything else is imported from the package.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from minilora import distributed
 from minilora.build import LoadedModel, autocast_to, build_for_training
 from minilora.checkpoint.checkpointer import Checkpointer, demote_final, start_directory
-from minilora.checkpoint.resume import find_checkpoint
+from minilora.checkpoint.resume import find_checkpoint, rename_superseded
 from minilora.checkpoint.trainer_state import TrainerState
 from minilora.cli import check_device, load_config, run_script
 from minilora.config import Config, TrainConfig
@@ -26,11 +27,12 @@ from minilora.hub import resolve
 from minilora.tracking.hub_upload import HubUploader
 from minilora.tracking.preview import preview
 from minilora.tracking.tracker import Tracker, check_trackers
-from minilora.training.batches import TrainingBatches, step_seed
+from minilora.training.batches import Interval, TrainingBatches, step_seed
 from minilora.training.datasets import TrainingData, load_data, make_tokenizer
 from minilora.training.early_stopping import describe_best, out_of_patience, update_best
 from minilora.training.ema import EMA
 from minilora.training.evaluate import evaluate
+from minilora.training.learning_check import LearningCheck
 from minilora.training.metrics import StepMetrics
 from minilora.training.optimizer import (
     finish_gradients,
@@ -75,7 +77,8 @@ def main(config: Config) -> int:
             # A run that has to stop early saves at once, because there may be little time left.
             is_stopped = stop.agreed and not state.finished
             should_log = batches.is_due(config.train.logging_steps, state.step)
-            should_evaluate = batches.is_due(config.eval.eval_steps, state.step) and not is_stopped
+            should_evaluate = batches.is_due(config.eval.eval_steps, state.step)
+            should_evaluate = should_evaluate and not (is_stopped or config.eval.is_off)
             should_save = batches.is_due(save_steps(config), state.step) or is_stopped
 
             if should_log or should_evaluate or should_save:
@@ -85,7 +88,9 @@ def main(config: Config) -> int:
                 metrics.sync(state, run.out)
                 position = {"step": state.step, "epoch": state.step / batches.steps_per_epoch}
                 if should_log:
-                    run.tracker.log(position | metrics.row(state))
+                    row = metrics.row(state)
+                    run.tracker.log(position | row)
+                    run.learning_check.check(row, metrics.step_supervised, state)
 
                 # The average of the weights, if one is kept, is what is evaluated and saved.
                 with run.ema.applied(should_evaluate or should_save):
@@ -102,7 +107,7 @@ def main(config: Config) -> int:
             if state.finished or is_stopped:
                 break
 
-    return conclude(run, stop.number)
+    return conclude(config, run, stop.number)
 
 
 def train_step(config: Config, run: "TrainingRun", metrics: StepMetrics, step: int) -> None:
@@ -148,9 +153,11 @@ def train_step(config: Config, run: "TrainingRun", metrics: StepMetrics, step: i
     run.ema.update(step)
 
 
-def save_steps(config: Config) -> int | str:
+def save_steps(config: Config) -> Interval:
     """Return how often checkpoints are saved: as often as evaluations, unless that is set."""
-    return config.train.save_steps or config.eval.eval_steps
+    if config.train.save_steps is None:
+        return config.eval.eval_steps
+    return config.train.save_steps
 
 
 @dataclass
@@ -179,6 +186,7 @@ class TrainingRun:
     device: torch.device
     batches: TrainingBatches
     eval_sets: list[EvalSet]
+    """Empty if the run is never evaluated."""
     tokenizer: Tokenizer
     loaded: LoadedModel
     parameters: dict[str, nn.Parameter]
@@ -189,6 +197,8 @@ class TrainingRun:
     """Where training stands; the loop changes it."""
     checkpointer: Checkpointer
     tracker: Tracker
+    learning_check: LearningCheck
+    """Warns if nothing is learnt."""
 
 
 def read_inputs(config: Config) -> Inputs | None:
@@ -205,7 +215,7 @@ def read_inputs(config: Config) -> Inputs | None:
     """
     out = Path(config.output_dir)
     check_device(config)
-    base = resolve(config.model.name, config.model.revision)
+    base = resolve(config.model.name, config.model.revision, "model.revision")
     tokenizer = make_tokenizer(config, base)
     data = load_data(config, tokenizer, base)
     if config.preview:
@@ -237,7 +247,7 @@ def is_already_finished(
         )
     if state.step >= total_steps:
         reason = "all of them"
-    elif out_of_patience(state, train):
+    elif state.finished and out_of_patience(state, train):
         reason = "stopped early"
     else:
         return False
@@ -273,20 +283,12 @@ def set_up(config: Config, inputs: Inputs) -> TrainingRun:
     start_directory(out, config)
     log_start(inputs, out)
     demote_final(checkpoint, out, state.step)
-    eval_sets = inputs.data.eval_sets
-    tracker = Tracker(
-        config,
-        state.step,
-        inputs.batches.total_steps,
-        [eval_set.documents for eval_set in eval_sets],
-        tokenizer,
-        inputs.uploader,
-    )
+    rename_superseded(out, state.step)
     return TrainingRun(
         out=out,
         device=device,
         batches=inputs.batches,
-        eval_sets=eval_sets,
+        eval_sets=inputs.data.eval_sets,
         tokenizer=tokenizer,
         loaded=loaded,
         parameters=parameters,
@@ -294,7 +296,26 @@ def set_up(config: Config, inputs: Inputs) -> TrainingRun:
         ema=ema,
         state=state,
         checkpointer=checkpointer,
-        tracker=tracker,
+        tracker=open_tracker(config, inputs),
+        learning_check=LearningCheck(config, loaded, parameters),
+    )
+
+
+def open_tracker(config: Config, inputs: Inputs) -> Tracker:
+    """Open what records the run; the report shows the counts of all documents of the run."""
+    data = inputs.data
+    documents = [data.documents]
+    for eval_set in data.eval_sets:
+        if eval_set.documents is not data.documents:  # in_domain is drawn from the training files
+            documents.append(eval_set.documents)
+    return Tracker(
+        config,
+        inputs.state.step,
+        inputs.batches.total_steps,
+        documents,
+        inputs.tokenizer,
+        inputs.uploader,
+        inputs.state.first_eval_step,
     )
 
 
@@ -334,10 +355,11 @@ def evaluate_and_log(config: Config, run: TrainingRun, position: dict) -> dict[s
     return evaluation.figures
 
 
-def conclude(run: TrainingRun, signal: int) -> int:
+def conclude(config: Config, run: TrainingRun, signal: int) -> int:
     """End a run and say how it ended. Returns the exit code.
 
     Args:
+        config: the configuration.
         run: its tracker is closed here; leaving its `with` block does so only after an error.
         signal: the number of the signal that stopped the run, 0 if none did.
     """
@@ -346,9 +368,10 @@ def conclude(run: TrainingRun, signal: int) -> int:
     run.tracker.close(upload_seconds)
     distributed.destroy_process_group()
     if not state.finished:
-        distributed.log(
-            f"stopped by signal {signal} after step {state.step}, saved; the same command continues"
-        )
+        how = "the same command continues"
+        if config.train.resume == "never":
+            how = "continue it with --train.resume auto"
+        distributed.log(f"stopped by signal {signal} after step {state.step}, saved; {how}")
         return 128 + signal  # what a shell reports for a process that a signal has ended
     distributed.log(
         f"done: {out / 'checkpoint-final'}; a report in {out / 'report.html'}{describe_best(state)}"
@@ -356,5 +379,10 @@ def conclude(run: TrainingRun, signal: int) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the command: `python train.py`, and `minilora-train` of an installed package."""
     run_script(lambda: main(load_config(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    run()

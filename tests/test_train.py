@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import time
 from itertools import pairwise
@@ -76,6 +77,7 @@ def test_files_of_a_run(base: Path, tmp_path: Path):
         "adapter_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "minilora.json",
         "chat_template.jinja",
         "generation_config.json",
         "trainer_state.json",
@@ -220,6 +222,71 @@ def test_checkpoints_come_apart_from_evaluations_if_configured(base: Path, tmp_p
     config = tiny_runs.run(tmp_path, base, eval__eval_steps=10, train__save_steps="epoch")
     assert steps_with(config, "checkpoint") == [7, 14, 21]
     assert steps_with(config, "eval/in_domain/loss") == [10, 20, 21]
+
+
+def test_evaluations_several_times_an_epoch_and_one_checkpoint(base: Path, tmp_path: Path):
+    """An epoch has 7 steps, so half of one is 3.5: it is due in steps 4, 7, 11, 14, 18 and 21."""
+    settings = {"eval__eval_steps": 0.5, "train__save_steps": 0}
+    config = tiny_runs.run(tmp_path, base, **settings)
+    assert steps_with(config, "eval/in_domain/loss") == [4, 7, 11, 14, 18, 21]
+    assert steps_with(config, "checkpoint") == [21]
+
+
+# ---- without evaluations
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "save_steps", "saved"),
+    [(0, None, [STEPS]), (None, 0.5, [4, 7, 11, 14, 18, STEPS])],
+)
+def test_a_run_without_evaluations(
+    eval_steps: int | None,
+    save_steps: float | None,
+    saved: list[int],
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    """It saves at its end or when told, reads no file for evaluations, and trains as ever."""
+    settings = {"eval__eval_steps": eval_steps, "train__save_steps": save_steps}
+    config = tiny_runs.quick_config(tmp_path, base, **settings)
+    Path(config.data.eval_file).write_text("no row", encoding="utf-8")
+    assert train.main(config) == 0
+    out = Path(config.output_dir)
+    assert "data.eval_file" in capsys.readouterr().err
+    keys = {key for row in rows_of(config, "metrics.jsonl") for key in row}
+    assert not any(key.startswith("eval/") for key in keys)
+    assert steps_with(config, "checkpoint") == saved
+    names = {path.name for path in out.iterdir()}
+    checkpoints = {f"checkpoint-{step}" for step in saved[:-1]} | {"checkpoint-final"}
+    assert names == {"config.json", "metrics.jsonl", "report.html", *checkpoints}
+    assert "26 lines read" in (out / "report.html").read_text(encoding="utf-8")
+
+    if saved == [STEPS]:
+        assert losses(config) == losses(tiny_runs.run(tmp_path / "evaluated", base))
+
+
+# ---- a time limit for answers
+
+
+def test_answers_are_cut_off_after_their_time(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """What is there by then is kept, and scored."""
+    settings = {
+        "train__max_steps": 1,
+        "eval__num_generate_samples": 3,
+        "eval__max_new_tokens": 100_000,
+        "eval__temperature": 0.0,
+        "eval__metrics": ("exact_match",),
+        "eval__max_time": 0.3,
+    }
+    config = tiny_runs.run(tmp_path, base, **settings)
+    cut = re.findall(r"(\d) of 3 answers were cut off after 0.3 seconds", capsys.readouterr().err)
+    samples = rows_of(config, "samples.jsonl")
+    assert len(samples) == 3 and len(cut) == 1 and int(cut[0]) >= 1
+    assert sum(bool(row["generated"]) for row in samples) >= int(cut[0])
+    assert steps_with(config, "eval/out_of_domain/exact_match") == [1]
 
 
 # ---- an evaluation before the first step
@@ -380,3 +447,19 @@ def test_ctrl_c_in_the_evaluation_before_training(
     monkeypatch.undo()
     assert train.main(config) == 0
     assert steps_with(config, "eval/in_domain/loss") == [0, 4]
+
+
+def test_ctrl_c_of_a_run_that_would_refuse_its_own_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """With train.resume=never the same command would not continue."""
+    config = tiny_runs.quick_config(tmp_path, base, train__max_steps=2, train__resume="never")
+    with monkeypatch.context() as patch:
+        interrupt_during(patch, "finish_gradients")
+        assert train.main(config) == 128 + signal.SIGINT
+    printed = capsys.readouterr().err
+    assert "saved; continue it with --train.resume auto" in printed
+    assert "the same command" not in printed
+
+    config.train.resume = "auto"
+    assert train.main(config) == 0

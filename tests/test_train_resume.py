@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import minilora
 import train
 from helpers import tiny_runs
 from helpers.tiny_runs import losses, metrics
-from minilora.config import Config
+from minilora.checkpoint.checkpointer import FINAL
+from minilora.checkpoint.resume import read_state
+from minilora.checkpoint.trainer_state import TrainerState
+from minilora.config import Config, TrainConfig
 from minilora.errors import UserError
 from minilora.tracking.tracker import Tracker
 
@@ -112,6 +116,15 @@ def test_finished_run_is_left_alone(base: Path, tmp_path: Path, capsys: pytest.C
     assert contents(Path(config.output_dir)) == before
 
 
+def test_run_whose_patience_is_new_is_finished_only_if_it_has_ended():
+    """A run that was killed has no checkpoint-final yet, however many evaluations were worse."""
+    patient = TrainConfig(early_stopping_patience=2)
+    state = TrainerState(step=11, worse=3)
+    assert not train.is_already_finished(Path("checkpoint-11"), state, 60, patient)
+    state.finished = True
+    assert train.is_already_finished(Path("checkpoint-final"), state, 60, patient)
+
+
 def test_finished_run_goes_on_with_more_steps(base: Path, tmp_path: Path):
     whole = tiny_runs.run(tmp_path / "whole", base, train__max_steps=9)
     longer = tiny_runs.run(tmp_path / "longer", base, train__max_steps=4)
@@ -138,7 +151,98 @@ def test_save_total_limit_keeps_the_newest(base: Path, tmp_path: Path):
     assert names == {"checkpoint-16", "checkpoint-20", "checkpoint-final"}
 
 
+# ---- going back to the best checkpoint
+
+OVERSHOOTS = {
+    "rows": 8,
+    "train__learning_rate": 0.2,  # so large that step 2 is better than steps 3 and 4
+    "train__warmup_steps": 1,
+    "train__max_steps": 4,
+    "train__metric_for_best_model": "loss",
+    "eval__eval_steps": 1,
+}
+
+
+def figures(config: Config) -> list[dict]:
+    """Return what a run has logged, without its speed and the names of its checkpoints."""
+    rows = [*metrics(config, "loss"), *metrics(config, "eval/out_of_domain/loss")]
+    for row in rows:
+        row.pop("tokens_per_second", None)
+    return rows
+
+
+def test_best_is_as_if_the_run_had_stopped_there(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Also if the continuation is interrupted, and started again by the same command."""
+    shorter = {**OVERSHOOTS, "train__max_steps": 2}
+    stopped = tiny_runs.run(tmp_path / "stopped", base, **shorter)
+    run = tiny_runs.run(tmp_path / "run", base, **OVERSHOOTS)
+    out = Path(run.output_dir)
+    newer = {name: contents(out / name) for name in ("checkpoint-3", "checkpoint-final")}
+    for config, resume in ((stopped, "last"), (run, "best")):
+        config.train.resume = resume
+        config.train.learning_rate, config.train.max_steps = 1e-2, 6
+    assert train.main(stopped) == 0
+
+    capsys.readouterr()
+    run_until_crash(run, 3, monkeypatch)
+    printed = capsys.readouterr().err
+    assert f"the best checkpoint is {out / 'checkpoint-2'} with eval/out_of_domain/loss" in printed
+    assert "with a change: train.learning_rate: 0.2 -> 0.01" in printed
+    for name, content in newer.items():
+        assert f"{out / name} is newer than step 2: now superseded-{name}" in printed
+        assert contents(out / f"superseded-{name}") == content
+
+    assert train.main(run) == 0
+    printed = capsys.readouterr().err
+    assert f"resumed from {out / 'checkpoint-4'}" in printed and "best checkpoint is" not in printed
+    assert figures(run) == figures(stopped)
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert final_weights(run) == final_weights(stopped)
+    final, expected = (read_state(Path(c.output_dir) / FINAL)[0] for c in (run, stopped))
+    assert final == expected
+    names = {path.name for path in out.glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step}" for step in (1, 2, 3, 4, 5)} | {FINAL}
+
+    # a superseded checkpoint is one like any other
+    for name in newer:
+        model, tokenizer = minilora.load(str(out / f"superseded-{name}"), device="cpu")
+        assert isinstance(minilora.generate(model, tokenizer, ["a"], max_new_tokens=1)[0], str)
+
+
+def test_the_best_checkpoint_may_be_the_newest(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = tiny_runs.run(tmp_path, base, **{**OVERSHOOTS, "train__max_steps": 2})
+    config.train.resume = "best"
+    assert train.main(config) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    config.train.max_steps = 3
+    assert train.main(config) == 0
+    assert "resumed from" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(config)] == [1, 2, 3]
+    assert not list(Path(config.output_dir).glob("superseded-*"))
+
+
 # ---- refusals
+
+
+@pytest.mark.parametrize("resume", ["last", "best"])
+def test_there_must_be_a_checkpoint_to_go_back_to(resume: str, base: Path, tmp_path: Path):
+    config = tiny_runs.quick_config(tmp_path, base, train__max_steps=2, train__resume=resume)
+    with pytest.raises(UserError, match=rf"train.resume={resume}, but .*out has no complete"):
+        train.main(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_best_needs_a_run_that_compared_its_evaluations(base: Path, tmp_path: Path):
+    config = tiny_runs.run(tmp_path, base, train__max_steps=2)
+    before = contents(Path(config.output_dir))
+    config.train.resume, config.train.max_steps = "best", 4
+    with pytest.raises(UserError, match=r"train.resume=best, .*no train.metric_for_best_model"):
+        train.main(config)
+    assert contents(Path(config.output_dir)) == before
 
 
 def test_two_runs_are_never_mixed(base: Path, tmp_path: Path):

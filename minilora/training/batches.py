@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from minilora import distributed
 from minilora.config import Config
 from minilora.data.dataset import LabelDraw, step_order
 from minilora.training.datasets import TrainingData
+
+Interval = int | float | Literal["epoch"] | None
+"""How often something happens, see `TrainingBatches.is_due`."""
 
 
 @dataclass
@@ -81,16 +86,28 @@ class TrainingBatches:
                 is_last=i + 1 == len(micro_batches),
             )
 
-    def is_due(self, every: int | str, steps_done: int) -> bool:
-        """Return whether something that happens every N steps happens after `steps_done` steps.
+    def is_due(self, every: Interval, steps_done: int) -> bool:
+        """Return whether something that happens at an interval happens after `steps_done` steps.
 
         Args:
-            every: a number of steps, or "epoch" for the end of each epoch. After the last step of
-                the run everything is due.
+            every: a number of steps; "epoch" for the end of each epoch; a number between 0 and 1
+                for that part of an epoch, rounded up to whole steps each time, so that 0.25 is due
+                four times in every epoch that has as many steps; 0 or None for never. After the
+                last step of the run everything is due.
             steps_done: optimizer steps done, so 1 after the first.
         """
-        interval = self.steps_per_epoch if every == "epoch" else int(every)
-        return steps_done == self.total_steps or steps_done % interval == 0
+        if steps_done == self.total_steps:
+            return True
+        if not every:
+            return False
+        if every == "epoch":
+            interval = Fraction(self.steps_per_epoch)
+        elif every < 1:
+            interval = Fraction(str(every)) * self.steps_per_epoch  # exact, unlike a float
+        else:
+            interval = Fraction(int(every))
+        # whether the last step has reached or passed a multiple of the interval
+        return steps_done // interval > (steps_done - 1) // interval
 
     def _indices_of_epoch(self, epoch: int) -> np.ndarray:
         """Return the order in which an epoch goes through the documents."""

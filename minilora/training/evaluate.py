@@ -12,7 +12,7 @@ from minilora.data.dataset import EvalSet
 from minilora.data.tokenizer import Tokenizer
 from minilora.evaluation.perplexity import loss_and_ppl, loss_sums
 from minilora.evaluation.text import score
-from minilora.generation.engine import generate_ids
+from minilora.generation.engine import Answer, generate_ids
 from minilora.generation.sampling import SamplingParams
 from minilora.training.batches import rank_micro_batches
 from minilora.training.datasets import eval_prompts
@@ -90,6 +90,7 @@ def _answers(
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
         seed=config.seed,
+        max_time=config.eval.max_time,
     )
     # Full training has fp32 weights, but generates in 16 bits. Unlike the losses, whose 16 bits
     # come from FSDP where a model is sharded, the key/value cache takes its dtype from autocast.
@@ -104,6 +105,30 @@ def _answers(
         answers = generate_ids(
             loaded.model, my_prompts, tokenizer, params, indices=mine, collective=is_sharded
         )
-    shares = distributed.gather_objects([answer.text for answer in answers])
+    _log_cut_off(config, answers, len(prompts))
+    texts = []
+    for prompt, answer in zip(my_prompts, answers, strict=True):
+        is_complete = answer.finish_reason is not None
+        texts.append(answer.text if is_complete else tokenizer.decode_after(prompt, answer.ids))
+    shares = distributed.gather_objects(texts)
     # the inverse of `mine`: prompt i was answered by process i % world_size
     return [shares[i % world_size][i // world_size] for i in range(len(prompts))]
+
+
+def _log_cut_off(config: Config, answers: list[Answer], total: int) -> None:
+    """Say how many answers eval.max_time has cut off; all processes call this together.
+
+    Args:
+        config: the run's settings.
+        answers: those of this process.
+        total: how many answers there are on all processes.
+    """
+    if config.eval.max_time is None:
+        return
+    mine = sum(answer.finish_reason is None for answer in answers)
+    num_cut = sum(sum(counts) for counts in distributed.gather_objects([mine]))
+    if num_cut:
+        distributed.log(
+            f"{num_cut} of {total} answers were cut off after {config.eval.max_time:g} seconds "
+            "(eval.max_time)"
+        )

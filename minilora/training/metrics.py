@@ -35,6 +35,8 @@ class StepMetrics:
         self.seconds = 0.0
         """Time of the steps in `read_sums`, without evaluations and saving."""
         self.clock = time.perf_counter()
+        self.step_supervised = torch.zeros(())
+        """Supervised tokens of the last step, on all processes; on the device."""
         self.grad_norm = torch.zeros(())
         self.lr = 0.0
 
@@ -59,7 +61,8 @@ class StepMetrics:
         total = distributed.all_reduce_sum(self.step_sums).clone()  # step_sums is zeroed below
         self.unread_sums += total
         self.step_sums.zero_()
-        return total[1]
+        self.step_supervised = total[1]
+        return self.step_supervised
 
     def sync(self, state: TrainerState, out: Path) -> None:
         """Read the device's sums, and add the tokens to the state's counts.

@@ -131,8 +131,8 @@ def finish_gradients(
     Args:
         loaded: the model whose backward passes have run.
         parameters: what `trainable_parameters` returned; their gradients are changed in place.
-        supervised_tokens: their number in the whole step, on all processes; not 0, because every
-            document has at least one.
+        supervised_tokens: their number in the whole step, on all processes. If it is 0, so are all
+            gradients.
         max_norm: clip the global norm to this; 0 turns clipping off.
 
     Returns:
@@ -142,7 +142,8 @@ def finish_gradients(
     grads = [p.grad for p in parameters.values() if p.grad is not None]
 
     # with parallel.cpu_offload gradients are on the CPU, whatever the device of the count is
-    torch._foreach_mul_(grads, (1 / supervised_tokens).to(grads[0].device, torch.float32))
+    factor = 1 / supervised_tokens.clamp(min=1)
+    torch._foreach_mul_(grads, factor.to(grads[0].device, torch.float32))
 
     squared_norm = torch.stack(torch._foreach_norm(grads)).square().sum()
     norm = loaded.layout.sum_over_shards(squared_norm).sqrt()

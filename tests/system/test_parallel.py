@@ -7,6 +7,7 @@ the runs have written. What a sharded model is made of is tested in test_sharded
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,16 @@ CHAINS: dict[str, dict] = {
 FSDP_2 = {"train__batch_size": 4, "parallel__strategy": "fsdp"}
 FSDP_4 = {"train__batch_size": 2, "parallel__strategy": "fsdp"}
 DDP_2 = {"train__batch_size": 4, "parallel__strategy": "ddp"}
+
+# No evaluation is better than the first one, and answers take longer than they may.
+NOT_LEARNING = {
+    **FSDP_2,
+    "lora__alpha": 0.0,
+    "eval__eval_steps": 1,
+    "eval__max_new_tokens": 100_000,
+    "eval__max_time": 0.1,
+    "train__metric_for_best_model": "loss",
+}
 
 
 # ---- the runs
@@ -196,6 +207,10 @@ def on_two(runs: Runs) -> ranks.Results:
     jobs["broken 8-bit states, begun"] = fit_part("broken 8-bit states", 3, **states)
     jobs["broken 8-bit states"] = fit_part("broken 8-bit states", 6, **states)
     jobs["8-bit states"] = fit_part("8-bit states", 3, **states)
+
+    jobs["not learning"] = ranks.fit_logging, (runs.part("not learning", 3, **NOT_LEARNING),)
+    back = runs.part("not learning", 4, train__resume="best", **NOT_LEARNING)
+    jobs["not learning, back"] = ranks.fit_logging, (back,)
 
     counted = runs.part("counting", STEPS, eval__num_generate_samples=0, **DDP_2)
     counted.train.batch_size, counted.train.grad_acc_steps = 2, 2
@@ -400,6 +415,35 @@ def test_ddp_and_fsdp_continue_each_other(name, runs, on_two, uninterrupted):
     for step, state in ((3, "training_state.safetensors"), (5, "training_state")):
         checkpoint = Path(run.output_dir) / f"checkpoint-{step}"
         assert [path.name for path in checkpoint.glob("training_state*")] == [state]
+
+
+# ---- what a sharded run says, and where it goes back to
+
+
+def test_a_sharded_run_without_gradients_is_warned_once(on_two):
+    for messages in outcome(on_two, "not learning"):
+        (warning,) = [message for message in messages if "warning: " in message]
+        assert "gradient norm of step 1 is 0: lora.alpha is 0" in warning
+
+
+def test_a_sharded_run_cuts_off_answers_on_every_process(runs, on_two):
+    """Decoding is collective: each process has its own clock, and waits for the others."""
+    said = [
+        re.findall("of 3 answers were cut off", "".join(m)) for m in outcome(on_two, "not learning")
+    ]
+    assert len(said[0]) == len(said[1]) >= 1
+    written = samples(runs.part("not learning", 4, **NOT_LEARNING))
+    assert [row["step"] for row in written] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+
+
+def test_a_sharded_run_goes_back_to_its_best_checkpoint(runs, on_two):
+    first, _ = outcome(on_two, "not learning, back")
+    assert any("checkpoint-1 with eval/out_of_domain/loss" in message for message in first)
+    run = runs.part("not learning", 4, **NOT_LEARNING)
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    names = {path.name for path in Path(run.output_dir).glob("*checkpoint*")}
+    superseded = {"superseded-checkpoint-2", "superseded-checkpoint-final"}
+    assert names == superseded | {f"checkpoint-{step}" for step in (1, 2, 3)} | {"checkpoint-final"}
 
 
 # ---- other libraries read what sharded runs have saved

@@ -134,6 +134,38 @@ def test_is_due_every_n_steps_at_epochs_and_at_the_end():
     assert [step for step in steps if batches.is_due(3, step)] == [3, 6, 9, 11]
     assert [step for step in steps if batches.is_due("epoch", step)] == [4, 8, 11]
     assert [step for step in steps if batches.is_due(100, step)] == [11]
+    assert [step for step in steps if batches.is_due(0, step)] == [11]
+    assert [step for step in steps if batches.is_due(None, step)] == [11]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "fraction", "due"),
+    [
+        # multiples of 2.5 steps, each rounded up
+        (1, 0.25, [3, 5, 8, 10, 13, 15, 18, 20]),
+        # multiples of one step: in floats, 0.1 * 3 * 10 is more than 3
+        (1, 0.1, list(range(1, 21))),
+        (1, 0.7, [7, 14, 20]),
+        # shorter than a step: due once a step
+        (5, 0.25, [1, 2, 3, 4]),
+        (3, 0.5, [2, 4, 6, 8]),
+    ],
+)
+def test_a_part_of_an_epoch_is_due_as_often_in_every_epoch(
+    batch_size: int, fraction: float, due: list[int]
+):
+    batches = TrainingBatches(make_data(), make_config(batch_size=batch_size))
+    steps = range(1, batches.total_steps + 1)
+    assert [step for step in steps if batches.is_due(fraction, step)] == due
+
+
+@pytest.mark.parametrize("batch_size", range(1, 4))
+def test_a_quarter_is_due_four_times_in_every_epoch(batch_size: int):
+    batches = TrainingBatches(make_data(), make_config(batch_size=batch_size, epochs=50.0))
+    for epoch in range(50):
+        first = epoch * batches.steps_per_epoch + 1
+        steps = range(first, first + batches.steps_per_epoch)
+        assert sum(batches.is_due(0.25, step) for step in steps) == 4
 
 
 # ---- processes
