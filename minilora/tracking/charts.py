@@ -7,9 +7,9 @@ are in percent of the chart's width or height, measured from its upper left corn
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 TITLES = {
     "loss": "Loss",
@@ -21,6 +21,10 @@ TITLES = {
 
 MAX_POINTS = 800
 """A line with more points than this is thinned out."""
+
+MAX_EPOCH_ENDS = 25
+"""If more epochs end in a run, only every second, fifth, tenth, ... end is drawn: on a phone, where
+a chart is about 280 pixels wide, 25 lines are 11 pixels apart."""
 
 TRAINING = "training"
 """The name of the line of the training's own figures; the others are named by evaluation sets."""
@@ -66,6 +70,18 @@ class Chart:
     """Remarks below the chart: a logarithmic axis, points that are left out."""
 
 
+@dataclass
+class EpochEnds:
+    """The vertical lines at the ends of epochs, the same in all charts."""
+
+    ticks: list[Tick]
+    """The places of the lines, and the epochs that end there, counted from 1."""
+    every: int
+    """Every how many epochs there is a line: 1, 2, 5, 10, ..."""
+    num_all: int
+    """How many epochs end before the right edge."""
+
+
 def charts(rows: list[dict]) -> list[Chart]:
     """Make the charts of a run.
 
@@ -77,8 +93,7 @@ def charts(rows: list[dict]) -> list[Chart]:
     """
     figures = _points_by_figure(rows)
     all_names = list(dict.fromkeys(chain.from_iterable(figures.values())))
-    last_step = max((row["step"] for row in rows), default=0)
-    last_step = max(last_step, 1)  # the axis needs a length, also before the first step
+    last_step = _last_step(rows)
 
     made = []
     for figure, lines in figures.items():
@@ -87,6 +102,46 @@ def charts(rows: list[dict]) -> list[Chart]:
             title = TITLES.get(figure, figure)
             made.append(_chart(title, lines, all_names, last_step))
     return made
+
+
+def mark_epoch_ends(rows: list[dict]) -> EpochEnds:
+    """Return where the charts show the ends of epochs.
+
+    The right edge gets no line, so there is none in a run of one epoch or less.
+
+    Args:
+        rows: the events of metrics.jsonl.
+    """
+    last_step = _last_step(rows)
+    ends = epoch_ends(rows, last_step)
+    round_numbers = (factor * 10**power for power in count() for factor in (1, 2, 5))
+    every = next(number for number in round_numbers if len(ends) // number <= MAX_EPOCH_ENDS)
+    ticks = []
+    for epoch in range(every, len(ends) + 1, every):
+        ticks.append(Tick(100 * ends[epoch - 1] / last_step, epoch))
+    return EpochEnds(ticks, every, len(ends))
+
+
+def epoch_ends(rows: list[dict], last_step: int) -> list[int]:
+    """Return the last steps of the epochs 1, 2, 3, ... that end before `last_step`.
+
+    Args:
+        rows: the events of metrics.jsonl, whose "step" and "epoch" tell the steps of an epoch.
+        last_step: a step of the run.
+    """
+    steps_per_epoch = None
+    for row in rows:
+        epoch = row.get("epoch")
+        if is_finite(epoch) and epoch > 0 and row["step"] > 0:
+            steps_per_epoch = max(1, round(row["step"] / epoch))
+    if steps_per_epoch is None:
+        return []
+    return list(range(steps_per_epoch, last_step, steps_per_epoch))
+
+
+def _last_step(rows: list[dict]) -> int:
+    """Return the step at the right edge: 1 before the first one, since the axis needs a length."""
+    return max([1, *(row["step"] for row in rows)])
 
 
 def _points_by_figure(rows: list[dict]) -> dict[str, dict[str, Points]]:
@@ -247,7 +302,7 @@ def logarithmic_ticks(low: float, high: float) -> list[float]:
     return [low, *between[:: math.ceil(len(between) / 5)], high]
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Return whether a value of the log is a number that can be drawn.
 
     It must be far from the largest float (1.8e308), so that the arithmetic of axes stays finite.

@@ -22,7 +22,8 @@ from minilora.config import Config, TrainConfig, flatten_config
 from minilora.data.dataset import Documents
 from minilora.data.tokenize import format_counts
 from minilora.data.tokenizer import Tokenizer
-from minilora.tracking.charts import MAX_POINTS, charts, is_finite
+from minilora.tracking.charts import MAX_POINTS, charts, is_finite, mark_epoch_ends
+from minilora.tracking.overfitting import find_overfitting
 from minilora.tracking.preview import labelled_pieces
 from minilora.tracking.writers import Writer
 from minilora.training.early_stopping import update_best
@@ -46,7 +47,14 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]
 class Report(Writer):
     """The report of a run, rewritten after each evaluation and at the end; on rank 0 alone."""
 
-    def __init__(self, out: Path, sets: list[Documents], tokenizer: Tokenizer, seed: int):
+    def __init__(
+        self,
+        out: Path,
+        sets: list[Documents],
+        tokenizer: Tokenizer,
+        seed: int,
+        first_eval_step: int = 0,
+    ):
         """Prepare the parts that do not change during the run: data counts, examples, template.
 
         Args:
@@ -54,8 +62,10 @@ class Report(Writer):
             sets: the training documents, then the documents of the other evaluation sets.
             tokenizer: turns ids back to text.
             seed: the run's seed.
+            first_eval_step: `TrainerState.first_eval_step`.
         """
         self.out = out
+        self.first_eval_step = first_eval_step
         self.has_failed = False
         self.tables = [format_counts(documents.counts) for documents in sets]
         self.examples = [
@@ -108,8 +118,10 @@ class Report(Writer):
         return self.template.render(
             name=self.out.resolve().name,
             last=last_values,
-            best=best_evaluation(rows, metric),
+            best=best_evaluation(rows, metric, self.first_eval_step),
             charts=charts(rows),
+            epoch_ends=mark_epoch_ends(rows),
+            overfitting=find_overfitting(rows, self.first_eval_step),
             samples=sorted(samples, key=lambda sample: -sample["step"]),
             torn=num_torn_rows + num_torn_samples,
             examples=self.examples,
@@ -167,12 +179,13 @@ def read_events(path: Path) -> tuple[list[dict], int]:
     return events, len(lines) - len(events)
 
 
-def best_evaluation(rows: list[dict], metric: str) -> dict:
+def best_evaluation(rows: list[dict], metric: str, first_eval_step: int = 0) -> dict:
     """Find the best evaluation by the rule that decides which checkpoint is kept as the best.
 
     Args:
         rows: the events of metrics.jsonl.
         metric: a figure as in `train.metric_for_best_model`.
+        first_eval_step: leave out the evaluations before this step, which were made on other rows.
 
     Returns:
         Its "step", "metric" and "value"; an empty dict if there was no evaluation with the metric.
@@ -187,7 +200,8 @@ def best_evaluation(rows: list[dict], metric: str) -> dict:
     state = TrainerState()
     train = TrainConfig(metric_for_best_model=metric)
     for step, figures in evaluations.items():
-        if step > 0:  # an evaluation before the first step has no checkpoint
+        # an evaluation before the first step has no checkpoint
+        if step > 0 and step >= first_eval_step:
             state.step = step
             update_best(state, figures, train)
     return state.best

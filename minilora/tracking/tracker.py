@@ -72,6 +72,7 @@ class Tracker:
         sets: list[Documents],
         tokenizer: Tokenizer,
         uploader: HubUploader | None = None,
+        first_eval_step: int = 0,
     ):
         """Open the files and trackers.
 
@@ -83,6 +84,8 @@ class Tracker:
             sets: documents whose counts the report shows, the training documents first.
             tokenizer: decodes the report's training examples.
             uploader: uploads the checkpoints; from `check_trackers`.
+            first_eval_step: the report does not compare evaluations before this step with later
+                ones.
         """
         self.out = Path(config.output_dir)
         self.uploader = uploader
@@ -90,7 +93,7 @@ class Tracker:
         if distributed.rank() > 0:
             return
 
-        self.writers.append(Report(self.out, sets, tokenizer, config.seed))
+        self.writers.append(Report(self.out, sets, tokenizer, config.seed, first_eval_step))
         self.writers.append(JsonLinesWriter(self.out, start_step))
         if config.log.tensorboard:
             if importlib.util.find_spec("tensorboard") is None:

@@ -16,12 +16,20 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny_tokenizers
-from minilora.config import Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
+from minilora.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    RowFormat,
+    TrainConfig,
+)
 from minilora.data.cache import load_documents
 from minilora.data.dataset import IGNORE_INDEX, Documents, LabelDraw
 from minilora.data.tokenize import format_counts
 from minilora.data.tokenizer import Tokenizer
-from minilora.tracking.report import Report
+from minilora.tracking.report import Report, best_evaluation
 from minilora.tracking.tracker import Tracker
 from minilora.training.evaluate import Evaluation
 
@@ -333,6 +341,81 @@ def test_a_run_with_one_point_or_none(report: MakeReport):
     assert len(list(page.figures["Loss"].iter("circle"))) == 1
 
 
+# --- the ends of epochs
+
+
+def epoch_lines(figure: ET.Element, last_step: int) -> dict[str, float]:
+    """Return {title: step} of the lines at the ends of epochs."""
+    lines = {}
+    for line in figure.findall(".//line[@class='epoch']"):
+        title = line.findtext("title")
+        if title:  # the one in the legend has none
+            assert line.get("x1") == line.get("x2")
+            assert (line.get("y1"), line.get("y2")) == ("0", "100%")
+            lines[title] = percent(line.get("x1")) * last_step / 100
+    return lines
+
+
+def test_every_chart_marks_the_ends_of_epochs(report: MakeReport):
+    rows = [log_row(step, 2 - step / 1000) for step in range(10, 180, 10)]
+    rows.append(evaluation(170, {"out_of_domain/loss": 1.5, "out_of_domain/rougeL": 0.5}))
+    page = report(rows)
+    assert len(page.figures) == 5
+    for figure in page.figures.values():
+        lines = epoch_lines(figure, last_step=170)
+        assert list(lines) == ["end of epoch 1", "end of epoch 2", "end of epoch 3"]
+        assert list(lines.values()) == pytest.approx([50, 100, 150], abs=0.01)
+    assert [e["text"] for e in page.all("li") if "epoch" in e["text"]] == ["end of an epoch"]
+    style = page.all("style")[0]["text"]
+    assert style.count("--epoch: #") == 2, "one color for light, one for dark"
+
+
+def test_a_run_without_a_second_epoch_has_no_such_lines(report: MakeReport):
+    """The end of the log has the chart's edge."""
+    without_epoch = {"step": 60, "loss": 1.0}
+    for rows in ([], [log_row(20, 2.0)], [log_row(20, 2.0), log_row(50, 1.0)], [without_epoch]):
+        page = report(rows)
+        assert "end of an epoch" not in page.source and "end of epoch" not in page.source
+        assert not page.all("line", "epoch")
+
+
+@pytest.mark.parametrize(("num_epochs", "every"), [(26, 1), (27, 2), (60, 5), (400, 20)])
+def test_many_ends_of_epochs_are_thinned_out(report: MakeReport, num_epochs: int, every: int):
+    last_step = 50 * num_epochs
+    page = report([log_row(step, 1.0) for step in (1, last_step)])
+    lines = epoch_lines(page.figures["Loss"], last_step)
+    shown = range(every, num_epochs, every)
+    assert 10 <= len(lines) <= 25
+    assert list(lines) == [f"end of epoch {epoch}" for epoch in shown]
+    assert list(lines.values()) == pytest.approx([50 * epoch for epoch in shown], abs=0.5)
+    if every > 1:
+        legend = f"ends of the epochs {every}, {2 * every}, {3 * every}, … of {num_epochs - 1}"
+        assert legend in page.all("ul", "legend")[0]["text"]
+
+
+def test_overfitting_is_said_in_a_sentence(report: MakeReport, tmp_path: Path):
+    """Training falls from epoch to epoch; the held-out loss is lowest at the end of the first."""
+    rows: list[dict] = []
+    for step in range(10, 210, 10):
+        rows.append(log_row(step, 2 - 0.5 * ((step - 1) // 50) + step % 20 / 1000))
+        if step % 50 == 0:
+            rows.append(evaluation(step, {"out_of_domain/loss": 1.5 + (step - 50) / 1000}))
+    (sentence,) = report(rows).all("p", "warning")
+    assert sentence["text"] == (
+        "Overfitting: since step 50 (epoch 1) the training loss has fallen where the rows begin to "
+        "repeat, from 2.005 to 0.505 over 3 epoch ends, but the loss on held-out rows has not (1.5 "
+        "then, 1.65 now): the model learns these rows by heart. Fewer epochs or more rows help; "
+        "train.metric_for_best_model=loss keeps the best checkpoint."
+    )
+
+    train = TrainConfig(metric_for_best_model="rougeL")
+    (sentence,) = report(rows, config=Config(str(tmp_path), train=train)).all("p", "warning")
+    assert sentence["text"].endswith("by heart. Fewer epochs or more rows help.")
+
+    last = evaluation(200, {"out_of_domain/loss": 1.4})
+    assert not report([*rows[:-1], last]).all("p", "warning")
+
+
 # --- samples and other texts
 
 
@@ -421,7 +504,7 @@ def test_all_settings_are_shown_with_what_was_changed(report: MakeReport, tmp_pa
         model=ModelConfig(name=NASTY),
         train=TrainConfig(learning_rate=3e-4, max_steps=7),
         eval=EvalConfig(metrics=("bleu", "rouge")),
-        data=DataConfig(train_file="<u>"),
+        data=DataConfig(train_file="<u>", file_formats={"<u>": RowFormat(format="text")}),
     )
     page = report([], config=config)
 
@@ -442,7 +525,7 @@ def test_all_settings_are_shown_with_what_was_changed(report: MakeReport, tmp_pa
 
     expected, defaults = settings_of(config), settings_of(Config())
     changed = [name for name in expected if expected[name] != defaults[name]]
-    assert len(changed) == 6
+    assert len(changed) == 7
     assert shown_defaults == {name: defaults[name] for name in changed}
     for name, value in expected.items():
         assert shown.pop(name) == value + shown_defaults.get(name, "")
@@ -516,6 +599,12 @@ def test_the_state_of_the_run(report: MakeReport, tmp_path: Path):
     assert shown["Step"] == "50of 1,000"
 
 
+def test_the_best_evaluation_is_one_of_the_last_evaluation_sets():
+    rows = [evaluation(step, {"out_of_domain/loss": step / 10}) for step in (5, 10, 15)]
+    assert best_evaluation(rows, "loss")["step"] == 5
+    assert best_evaluation(rows, "loss", first_eval_step=6)["step"] == 10
+
+
 def test_the_report_of_a_resumed_run_has_each_step_once(
     tmp_path: Path, documents: Documents, tokenizer: Tokenizer
 ):
@@ -535,6 +624,29 @@ def test_the_report_of_a_resumed_run_has_each_step_once(
     assert list(shown.items()) == list(resumed.items())
     prompts = [text for text in page.sample_texts() if text.startswith("<")]
     assert prompts == [f"<{step}, {5 if step > 5 else 0}>" for step in range(12, 0, -1)]
+
+
+def test_a_run_that_is_never_evaluated_has_a_report(
+    tmp_path: Path, documents: Documents, tokenizer: Tokenizer
+):
+    """Its tracker gets the training documents alone."""
+    config = Config(
+        output_dir=str(tmp_path), eval=EvalConfig(eval_steps=0), log=LogConfig(tensorboard=False)
+    )
+    write_config(tmp_path, config)
+    with Tracker(config, 0, 4, [documents], tokenizer) as tracker:
+        for step in range(1, 5):
+            tracker.log(log_row(step, 2.0))
+        tracker.saved({"step": 4, "epoch": 4 / 50}, "checkpoint-final")
+        tracker.close(0)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert list(told_values(page.figures["Loss"])) == ["training"]
+    assert [element["text"] for element in page.all("pre")] == [format_counts(documents.counts)]
+    assert len(page.all("div", "masks")) == 4
+    shown = state(page)
+    assert shown["Best evaluation"] == "off (eval.eval_steps)"
+    assert shown["Last checkpoint"] == "checkpoint-final"
+    assert "None: evaluation is off (eval.eval_steps)." in page.source
 
 
 # --- the file

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
@@ -15,9 +14,16 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 import train
 from helpers.tiny_runs import base_model, config
+from minilora import distributed
 from minilora.config import Config
+from minilora.generation.engine import Answer
 from minilora.tracking.tracker import Tracker
-from minilora.tracking.writers import JsonLinesWriter, append_json_lines, markdown_table
+from minilora.tracking.writers import (
+    JsonLinesWriter,
+    ProgressBar,
+    append_json_lines,
+    markdown_table,
+)
 
 UGLY_TEXTS = {
     "pipes": "a | b || c",
@@ -227,8 +233,8 @@ def test_wandb_holds_the_metrics_and_the_samples(tmp_path: Path, base: Path, mon
     monkeypatch.setenv("WANDB_SILENT", "true")
     texts = list(UGLY_TEXTS.values())
 
-    def ugly_answers(model, prompts, *args, **kwargs) -> list[SimpleNamespace]:
-        return [SimpleNamespace(text=text) for text in texts[: len(prompts)]]
+    def ugly_answers(model, prompts, *args, **kwargs) -> list[Answer]:
+        return [Answer(text=text, finish_reason="stop") for text in texts[: len(prompts)]]
 
     monkeypatch.setattr("minilora.training.evaluate.generate_ids", ugly_answers)
     settings = {
@@ -277,3 +283,13 @@ def test_wandb_holds_the_metrics_and_the_samples(tmp_path: Path, base: Path, mon
         table = json.loads(file.read_text(encoding="utf-8"))
         assert table == {"columns": list(own[0]), "data": data}
         assert [row["generated"] for row in own] == texts[:6]
+
+
+def test_a_message_has_a_line_of_its_own_beside_the_bar(capsys: pytest.CaptureFixture):
+    bar = ProgressBar(start_step=0, total_steps=5)
+    capsys.readouterr()
+    distributed.log("a message")
+    bar.close()
+    cleared, message, drawn_again = capsys.readouterr().err.partition("a message\n")
+    assert message and cleared.strip() == "" and cleared.endswith("\r")
+    assert "training:" in drawn_again
