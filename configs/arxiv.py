@@ -1,12 +1,16 @@
 r"""OLLM's arXiv run (Lo et al., NeurIPS 2024, arXiv 2410.23584): a second taxonomy.
 
     python merge.py out/wiki/checkpoint-final    # the merged model is the base of this run
-    python train.py configs/arxiv.py \
+    torchrun --nproc_per_node=2 train.py configs/arxiv.py \
         --data.train_file T.jsonl --data.eval_file E.jsonl --output_dir OUT
 
 The merged model of configs/wiki.py is trained further. A small adapter, a low learning rate and
 2,048 articles are enough for it to learn another taxonomy without forgetting how paths are written.
 Rows are as in examples/wiki, with the title and the abstract of a paper.
+
+The source is OLLM's script for arXiv, for two GPUs (on one, set train.batch_size to 16).
+Deviations: train.logging_steps; and train.metric_for_best_model, which is None here, while OLLM
+used the best evaluation. docs/recipes.md has the reasons, and what differs in counting edges.
 """
 
 from minilora.config import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, TrainConfig

@@ -7,6 +7,8 @@ AdamW take 16 bytes for each parameter, which is 128 GB for an 8B model, divided
 processes. With --train.optimizer adamw8bit it is 10 bytes for each parameter. Blocks are gathered
 in bfloat16, one at a time.
 
+The settings have no source: they are common figures for full fine-tuning.
+
 OUT/checkpoint-final is a Hugging Face model. What resuming needs is in the same directory, in
 shards; a run can be continued with any number of processes.
 """

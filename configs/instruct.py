@@ -15,6 +15,13 @@ The recipe starts from the instruct model, because Llama-3.1's base model has ne
 tokens that end a turn (a run over it prints a warning). To start from a base model, set
 --lora.train_embeddings True. For Qwen set --model.name Qwen/Qwen2.5-7B-Instruct.
 
+The source is the example configs of universal-llm-trainer. From there are the model in bfloat16,
+the cosine to 1 % and the metrics. Deviations: lora.rank, lora.alpha, lora.dropout,
+lora.target_modules, train.learning_rate, train.epochs, train.batch_size, train.grad_acc_steps,
+train.warmup_steps (micro-batches there), train.ema_decay, train.early_stopping_patience,
+data.max_seq_length, eval.eval_steps, eval.max_new_tokens, train.max_grad_norm. docs/recipes.md has
+both figures of each, with the reason.
+
 If a copy of the model does not fit on each GPU, set --parallel.strategy fsdp, and if that is not
 enough, --parallel.cpu_offload True as well.
 """

@@ -4,6 +4,10 @@
 
 A row is {"question": "...", "answer": "..."}. The prompt is two lines with a blank line between
 them. No chat template is used, and infer.py writes its prompts in the same form.
+
+The source is a QLoRA run over this model; its code is not public as far as we found. Known
+deviations: model.double_quant, train.lr_scheduler (cosine), train.warmup_ratio and train.optimizer
+(paged 8-bit AdamW). They save memory and shorten the first steps; docs/recipes.md has the reasons.
 """
 
 from minilora.config import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, TrainConfig

@@ -9,6 +9,11 @@ $249.00"}. Only what follows the last "Price is $" is supervised, with the end t
 Each checkpoint is uploaded to a private repository on the hub, with the token in the environment
 (HF_TOKEN); --hub.push False turns this off. infer.py --metrics numeric computes how far the
 predicted prices are from the true ones.
+
+The source is week 7 of Ed Donner's course "LLM engineering", in its form of 2024. The settings of
+training are its settings. Deviations: eval.eval_steps (there is no evaluation there),
+train.save_total_limit, eval.max_new_tokens, data.too_long, and a supervised end token.
+docs/recipes.md has the figures of both forms of the course beside these, with the reasons.
 """
 
 from minilora.config import (

@@ -14,6 +14,10 @@ It needs about 10 GB, so a GPU of 16 GB is enough too:
 These numbers are computed. This one was measured, on a CPU: a random model of this shape takes
 4.3 GiB at most while it is read and quantized, and 4.2 GiB afterwards, with adapters.
 
+The source is QLoRA's paper and its script for a 7B. Deviations: model.name, lora.rank,
+lora.dropout, train.learning_rate, train.lr_scheduler, train.max_grad_norm, train.optimizer,
+train.epochs, data.max_seq_length. docs/recipes.md has both figures of each, with the reason.
+
 Merge with `python merge.py OUT/checkpoint-final --verify` into the original 16-bit weights, or with
 --from_quantized into the dequantized weights of training.
 """

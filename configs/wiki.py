@@ -5,6 +5,10 @@ r"""OLLM's Wikipedia run (Lo et al., NeurIPS 2024, arXiv 2410.23584), with Mistr
 
 The model learns to write the category paths of an article. Without --data.train_file it trains on
 the 160 articles in examples/wiki. The weights alone take 14.5 GB in bfloat16.
+
+The source is OLLM's script for Wikipedia, for two GPUs, with all its settings. docs/recipes.md says
+where the arithmetic deviates from OLLM's: the mean of the loss, and label draws that are new in
+each epoch.
 """
 
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig

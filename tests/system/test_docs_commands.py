@@ -97,7 +97,7 @@ def run(words: list[str], files: dict[str, str], *more: str) -> None:
         assert merge.main(parse_scripts_flags(script, flags)) == 0
     else:
         args = parse_scripts_flags(script, flags)
-        args.max_new_tokens = 2
+        args.sampling.max_new_tokens = 2
         assert infer.main(args) == 0
 
 

@@ -2,27 +2,35 @@
 
 import ast
 import dataclasses
-import inspect
 import itertools
 import re
 import tomllib
 from pathlib import Path
 
-import peft
 import pytest
-import torch
-import transformers
 
 import infer
 import merge
-from helpers.documents import DOCS, ROOT, anchors, blocks, table_rows, text_of
-from minilora.config import Config, flatten_config
+from helpers.documents import DOCS, ROOT, anchors, blocks, text_of
+from minilora.cli import load_config
+from minilora.config import Config, config_fields
 
 SECTIONS = "model lora data train eval parallel log hub".split()
-SETTINGS = flatten_config(Config())
-COMING = ROOT / "docs/coming-from.md"
+
+
+def setting_names() -> set[str]:
+    """Return the names of all settings: "seed", "data.file_formats", ..."""
+    names: set[str] = set()
+    for name, value in config_fields(Config()):
+        if name in SECTIONS:
+            names |= {f"{name}.{field}" for field, _ in config_fields(value)}
+        else:
+            names.add(name)
+    return names
+
+
+SETTINGS = setting_names()
 ALL_PAGES = [*DOCS, ROOT / "bench/README.md", ROOT / "CONTRIBUTING.md"]
-ARGUMENTS = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
 FOLDERS = ("minilora", "tests", "bench", "configs", "docs", "examples", "launch")
 FILE_NAMES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
 FILE_NAMES |= {path.name for path in ROOT.iterdir()}
@@ -42,19 +50,22 @@ def test_settings_exist(path: Path):
     pattern = rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(\w+)(?![\w/]|\.\w)"
     found = re.findall(pattern, text_of(path))
     named = {f"{section}.{name}" for section, name in found if name not in SUFFIXES}
-    assert named - SETTINGS.keys() == set()
+    assert named - SETTINGS == set()
 
 
 @pytest.mark.parametrize("path", [*DOCS, ROOT / "bench/README.md"], ids=by_name)
 def test_flags_exist(path: Path):
-    known = {name.split("=")[0] for name in SETTINGS}
-    known |= {f.name for args in (infer.Args, merge.Args) for f in dataclasses.fields(args)}
-    known |= {"help", "nproc_per_node", "max_restarts", "section.field"}
+    known = set(SETTINGS)
+    themes = [theme.type for theme in dataclasses.fields(infer.Args)]
+    known |= {f.name for args in (*themes, merge.Args) for f in dataclasses.fields(args)}
+    known |= {"help", "section.field"}
+    known |= {"nproc_per_node", "max_restarts", "no_python", "index_url"}  # torchrun's, pip's
     bench = " ".join(text_of(file) for file in (ROOT / "bench").glob("*.py"))
     for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text_of(path)):
         name = flag.replace("-", "_")
         in_bench = re.search(rf"^    {name}: ", bench, re.MULTILINE)
-        assert name in known or in_bench, f"--{flag}"
+        is_flag = name in known or name.removeprefix("no_") in known  # --no-fold
+        assert is_flag or in_bench, f"--{flag}"
 
 
 def test_configs_name_settings_that_exist():
@@ -62,6 +73,133 @@ def test_configs_name_settings_that_exist():
     for path in (ROOT / "configs").glob("*.py"):
         for section, name in re.findall(pattern, text_of(path)):
             assert f"{section}.{name}" in SETTINGS, f"{path.name}: {section}.{name}"
+
+
+# each recipe, and what its docstring and recipes.md both call its source
+RECIPES = {
+    "wiki": "OLLM",
+    "arxiv": "OLLM's script for arXiv",
+    "price": "LLM engineering",
+    "kanana": "a QLoRA run over this",
+    "instruct": "universal-llm-trainer",
+    "full": None,
+    "qlora": "QLoRA",
+}
+
+
+def recipe_docstring(recipe: str) -> str:
+    """Return the docstring of a recipe's config, in one line."""
+    docstring = ast.get_docstring(ast.parse(text_of(ROOT / f"configs/{recipe}.py"))) or ""
+    return " ".join(docstring.split())
+
+
+def recipe_section(recipe: str) -> str:
+    """Return a recipe's section of recipes.md."""
+    page = text_of(ROOT / "docs/recipes.md")
+    (section,) = re.findall(rf"^## {recipe}: .*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return section
+
+
+def recipe_tables(recipe: str) -> list[list[dict[str, str]]]:
+    """Return the tables of a recipe's section of recipes.md; a row by the names of its columns."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", recipe_section(recipe), re.MULTILINE):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        header, _, *rows = lines
+        tables.append([dict(zip(header, row, strict=True)) for row in rows])
+    return tables
+
+
+def recipe_rows(recipe: str) -> list[dict[str, str]]:
+    """Return the rows of all tables of a recipe."""
+    return [row for table in recipe_tables(recipe) for row in table]
+
+
+def settings_in(text: str) -> set[str]:
+    """Return the settings that a text names in full: "lora.rank", ..."""
+    return SETTINGS & set(re.findall(r"\w+\.\w+", text))
+
+
+def changed_settings(recipe: str, sections: tuple[str, ...]) -> set[str]:
+    """Return the settings of some sections that are not the defaults in a recipe."""
+    config = load_config([f"configs/{recipe}.py"])
+    changed = set()
+    for section in sections:
+        defaults = dict(config_fields(getattr(Config(), section)))
+        for name, value in config_fields(getattr(config, section)):
+            if value != defaults[name]:
+                changed.add(f"{section}.{name}")
+    if config.train.warmup_ratio is not None:
+        changed.discard("train.warmup_steps")  # a ratio requires that it is 0
+    return changed
+
+
+def is_shown_as(value: object, cell: str) -> bool:
+    """Return whether a cell of a table shows the value of a setting."""
+    if isinstance(value, tuple):
+        return cell == " ".join(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(cell) == value
+    return cell == str(value)
+
+
+@pytest.mark.parametrize(("recipe", "source"), RECIPES.items())
+def test_recipes_tell_their_source(recipe: str, source: str | None):
+    docstring = recipe_docstring(recipe)
+    _, _, told_by_page = recipe_section(recipe).partition("**Source:** ")
+    if source is None:
+        assert "The settings have no source" in docstring
+        assert told_by_page.startswith("none.")
+        return
+    _, _, told_by_config = docstring.partition("The source is ")
+    assert source in told_by_config
+    paragraph, _, _ = told_by_page.partition("\n\n")
+    assert source in " ".join(paragraph.split())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tables_of_recipes_show_the_values_of_the_config(recipe: str):
+    config = load_config([f"configs/{recipe}.py"])
+    rows = recipe_rows(recipe)
+    assert rows or recipe == "full"
+    for row in rows:
+        setting = row.get("setting", "").strip("`")
+        if setting in SETTINGS:
+            section, name = setting.split(".")
+            assert is_shown_as(getattr(getattr(config, section), name), row["here"]), setting
+        if "why" in row:
+            assert row["why"]
+            assert row["source"] != row["here"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_configs_and_recipes_list_the_same_deviations(recipe: str):
+    """A row with a reason is a deviation; the docstring lists them after "Deviations: "."""
+    rows = [row["setting"] for row in recipe_rows(recipe) if "setting" in row and "why" in row]
+    told = re.search(r"[Dd]eviations: (.*?)\.(?: |$)", recipe_docstring(recipe))
+    assert bool(told) == bool(rows)
+    if told:
+        assert settings_in(told[1]) == settings_in(" ".join(rows))
+
+
+@pytest.mark.parametrize("recipe", ["arxiv", "price", "kanana", "instruct", "qlora"])
+def test_recipes_account_for_each_setting_of_training_that_they_change(recipe: str):
+    """Below "Source" each is named: as a deviation, or as what was taken over or is not known."""
+    _, _, told = recipe_section(recipe).partition("**Source:** ")
+    changed = changed_settings(recipe, ("model", "lora", "train"))
+    assert len(changed) >= 6
+    assert changed - settings_in(told) == set()
+
+
+def test_the_known_deviations_of_kanana_and_the_figures_of_the_course_are_told():
+    kanana = {row["setting"].strip("`") for table in recipe_tables("kanana") for row in table}
+    deviations = "model.double_quant train.lr_scheduler train.warmup_ratio train.optimizer"
+    assert kanana == set(deviations.split())
+    price = {row["setting"].strip("`"): row for row in recipe_tables("price")[0]}
+    for name in ("rank", "alpha", "dropout"):
+        assert f"lora.{name}" in price
+    for name in ("batch_size", "learning_rate", "lr_scheduler", "optimizer", "group_by_length"):
+        assert f"train.{name}" in price
 
 
 def test_every_setting_is_in_some_document():
@@ -195,76 +333,3 @@ def test_the_pictures_are_small():
     pictures = list((ROOT / "docs/pictures").iterdir())
     assert {path.name for path in pictures} == {"report.png", "loss.png"}
     assert sum(path.stat().st_size for path in pictures) <= 200_000
-
-
-# --- names of other projects
-
-
-def names_of_others(heading: str) -> list[str]:
-    """Return the names in backticks in the left column of a table of coming-from.md."""
-    found = []
-    for left, _ in table_rows(COMING, heading):
-        found += re.findall(r"`(\w+)`", left)
-    return found
-
-
-PEFT_FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-QUANTIZATION = set(inspect.signature(transformers.BitsAndBytesConfig).parameters)
-
-
-@pytest.mark.parametrize(
-    ("heading", "known"),
-    [
-        ("transformers: TrainingArguments", ARGUMENTS),
-        ("peft: LoraConfig", PEFT_FIELDS),
-        ("transformers: BitsAndBytesConfig", QUANTIZATION),
-        (
-            "transformers: generate() and GenerationConfig",
-            set(vars(transformers.GenerationConfig())),
-        ),
-    ],
-)
-def test_names_of_transformers_and_peft_exist(heading: str, known: set[str]):
-    found = names_of_others(heading)
-    assert found
-    assert set(found) - known == set()
-    assert len(found) == len(set(found))
-
-
-def test_names_that_are_gone_and_names_of_trl():
-    gone = set(names_of_others("Names of transformers 4 that 5 has not"))
-    assert gone & ARGUMENTS == set()
-    trl = names_of_others("trl: SFTConfig and SFTTrainer")
-    assert len(trl) > 15
-    assert set(trl) & ARGUMENTS == set(), "what trl inherits belongs to transformers' table"
-
-
-def test_every_name_of_others_has_an_answer():
-    headings = re.findall(r"^##+ (\w+: .*)$", text_of(COMING), re.MULTILINE)
-    answers = [right for heading in headings for _, right in table_rows(COMING, heading)]
-    assert len(answers) >= 90
-    assert all(answers)
-
-
-def test_defaults_of_others_that_are_told():
-    defaults = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}
-    betas = (defaults["adam_beta1"], defaults["adam_beta2"])
-    assert (*betas, defaults["adam_epsilon"]) == (0.9, 0.999, 1e-8)
-    assert defaults["average_tokens_across_devices"] is True
-    assert defaults["logging_nan_inf_filter"] is True
-    parameters = inspect.signature(transformers.BitsAndBytesConfig).parameters
-    assert parameters["bnb_4bit_quant_type"].default == "fp4"
-    optimizer = torch.optim.AdamW([torch.zeros(1)])
-    assert (*optimizer.defaults["betas"], optimizer.defaults["eps"]) == (0.9, 0.999, 1e-8)
-
-
-def test_own_defaults_that_are_told():
-    ours = Config()
-    assert (ours.lora.rank, ours.lora.alpha) == (32, 16)
-    assert (ours.train.learning_rate, ours.train.warmup_steps) == (1e-5, 100)
-    assert ours.train.epochs == 2.0
-    assert ours.train.lr_scheduler == "constant_with_warmup"
-    assert ours.train.group_by_length is True
-    assert ours.train.gradient_checkpointing is True
-    assert ours.hub.private is True
-    assert ours.model.double_quant is True
