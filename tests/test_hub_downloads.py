@@ -356,7 +356,7 @@ def test_a_dataset_by_id(datasets: Hub, name: str, setting: str, numbers: list[i
         ("tester/absent", "404"),
         ("tester/split@v9", "404"),
         ("tester/plain:validation", "no validation file"),
-        ("tester/subsets", r"tester/subsets:en/train\*\.jsonl or tester/subsets:ko"),
+        ("tester/subsets", r"tester/subsets:en/train\.jsonl or tester/subsets:ko"),
         ("tester/plain:*.csv", r"no \*\.csv file"),
     ],
 )

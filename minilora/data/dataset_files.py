@@ -278,16 +278,18 @@ def _refuse_several_sets(dataset: DatasetName, files: list[RepositoryFile], sett
 
 
 def _glob_of_set(file: Path) -> str:
-    """Return the glob for a file and the others of its set, e.g. `main/train*.parquet`.
+    """Return the glob for a file and the others of its set, e.g. `main/train-*.parquet`.
 
     The shards of a set differ in their numbers alone (train-00000-of-00002). Files that differ in
     anything else (folder, kind, split in the name) are of different sets.
     """
     folder = "" if file.parent == Path() else f"{file.parent}/"
-    is_named_after_split = _split_of(Path(file.name)) is not None
-    stem = _stem(file) if is_named_after_split else ""
     suffixes = "".join(file.suffixes)
-    return f"{folder}{stem}*{suffixes}"
+    is_named_after_split = _split_of(Path(file.name)) is not None
+    if not is_named_after_split:
+        return f"{folder}*{suffixes}"
+    is_shard = _stem(file) != file.name.partition(".")[0]
+    return f"{folder}{_stem(file)}-*{suffixes}" if is_shard else f"{folder}{file.name}"
 
 
 def _stem(file: Path) -> str:

@@ -124,7 +124,7 @@ MISSING = pytest.mark.parametrize(
     ("layout", "name", "setting", "message"),
     [
         ("configs", "o/n", "train_file", r"several sets.*o/n:main/\S+ or o/n:socratic/"),
-        ("kinds", "o/n", "train_file", r"several sets.*o/n:train\*\.jsonl or o/n:train\*\.parquet"),
+        ("kinds", "o/n", "train_file", r"several sets.*o/n:train\.jsonl or o/n:train\.parquet"),
         ("one", "o/n", "eval_file", "no validation or .*test file"),
         ("one", "o/n:train", "train_file", "no train file"),
         ("near", "o/n:train", "train_file", "no train file"),
