@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import ranks
-from helpers.quantized import store_quantized
+from helpers.quantized import need_sharding, store_quantized
 from helpers.ranks import Holdings, ModelOptions, launch, outcome
 from helpers.tiny_models import config_json, random_tokens, tiny
 from helpers.tiny_runs import base_model
@@ -195,6 +195,7 @@ def num_rows(rank: int, num_ranks: int, total: int) -> int:
 @EVERY_MODEL
 @TWO_OR_THREE
 def test_every_parameter_is_split_by_rows(name, num_ranks, results_of, held_alone):
+    need_sharding(MODELS[name][1].bits)
     full = held_alone(name).full
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < full.keys()
     assert any("q_proj" in path for path in full)
@@ -213,6 +214,7 @@ def test_every_parameter_is_split_by_rows(name, num_ranks, results_of, held_alon
 
 
 def test_hsdp_shards_inside_its_groups(on_four, held_alone):
+    need_sharding(HSDP.bits)
     expected = held_alone("nf4 double")
     total = sum(tensor.numel() * tensor.itemsize for tensor in expected.full.values())
     for mine in outcome(on_four, "hsdp"):
@@ -228,6 +230,7 @@ def test_hsdp_shards_inside_its_groups(on_four, held_alone):
 @pytest.mark.parametrize("name", ["16 bits", "full", "nf4", "nf4 double", "int8", "odd int8"])
 @TWO_OR_THREE
 def test_each_process_reads_its_own_rows_once(name, num_ranks, results_of, held_alone):
+    need_sharding(MODELS[name][1].bits)
     shapes = {tensor: shape for tensor, _, shape in held_alone(name).reads}
     for rank, mine in enumerate(outcome(results_of(num_ranks), f"holds {name}")):
         assert sorted(tensor for tensor, _, _ in mine.reads) == sorted(shapes)
@@ -240,6 +243,7 @@ def test_each_process_reads_its_own_rows_once(name, num_ranks, results_of, held_
 @pytest.mark.parametrize("bits", [16, 4])
 def test_loading_takes_a_share_and_a_few_tensors(bits, on_two, large):
     """Host memory does not grow with the number of processes."""
+    need_sharding(bits)
     total, largest = (large / "model.safetensors").stat().st_size, 4096 * 1024 * 2
     expected = total if bits == 16 else 2 * largest + (total - 2 * largest) * 0.26
     for held, peak in outcome(on_two, f"peak in {bits} bits"):
