@@ -198,13 +198,16 @@ def _write_post_processor(path: Path, tokenizer: Tokenizer) -> None:
     if not isinstance(tokenizer.backend, TokenizersBackend):
         return
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_id
-    if tokenizer.backend.ids_of_empty_text == ([bos_id] if tokenizer.adds_bos else []):
+    ids_of_training = []  # those that training adds to a text
+    if tokenizer.adds_bos:
+        ids_of_training.append(bos_id)
+    if tokenizer.backend.ids_of_empty_text == ids_of_training:
         return
 
     content = read_json(path)
     old = content.get("post_processor") or {"type": "Sequence", "processors": []}
-    steps = old["processors"] if old["type"] == "Sequence" else [old]
-    steps = [step for step in steps if step["type"] == "ByteLevel"]  # the others add tokens
+    old_steps = old["processors"] if old["type"] == "Sequence" else [old]
+    steps = [step for step in old_steps if step["type"] == "ByteLevel"]  # the others add tokens
     if tokenizer.adds_bos:
         first = {"SpecialToken": {"id": bos, "type_id": 0}}
         text, second_text = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -215,7 +218,9 @@ def _write_post_processor(path: Path, tokenizer: Tokenizer) -> None:
             "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
         }
         steps.append(add_bos)
-    content["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
+    content["post_processor"] = None
+    if steps:
+        content["post_processor"] = {"type": "Sequence", "processors": steps}
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
