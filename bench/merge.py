@@ -2,7 +2,9 @@
 
 A random Llama of TinyLlama's shape (1.1 B parameters, bfloat16) and a rank-32 adapter on all
 linear layers are written to DIR once (2.2 GB). Each side runs as a process of its own, in turn.
-Printed are medians of the seconds and the peak resident memory of a process, with their ratio.
+Printed are medians of the seconds by the clock, the seconds of processor time and the peak resident
+memory of a process, with their ratios. To measure as on a CPU without bfloat16:
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/merge.py
 """
 
 import json
@@ -60,7 +62,8 @@ peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretraine
 MEASURE = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, capture_output=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
 
 
@@ -78,7 +81,12 @@ class Cost(NamedTuple):
     """What one process took."""
 
     seconds: float
+    cpu_seconds: float
     peak_gib: float
+
+
+FIGURES = {"seconds": "seconds", "CPU s": "cpu_seconds", "peak GiB": "peak_gib"}
+"""What `report` calls each field of Cost."""
 
 
 def main(args: Args) -> None:
@@ -100,8 +108,9 @@ def main(args: Args) -> None:
             shutil.rmtree(theirs, ignore_errors=True)
             costs.append(measure(command))
 
-    report("seconds", [c.seconds for c in costs_ours], [c.seconds for c in costs_theirs])
-    report("peak GiB", [c.peak_gib for c in costs_ours], [c.peak_gib for c in costs_theirs])
+    for figure, field in FIGURES.items():
+        ours_values = [getattr(cost, field) for cost in costs_ours]
+        report(figure, ours_values, [getattr(cost, field) for cost in costs_theirs])
 
 
 def write_model(base: Path, adapter: Path) -> None:
@@ -114,9 +123,8 @@ def write_model(base: Path, adapter: Path) -> None:
     }
     base.mkdir(parents=True)
     (base / "config.json").write_text(json.dumps(MODEL))
-    write_safetensors(
-        base / "model.safetensors", entries, lambda name: torch.randn(entries[name].shape) * 0.02
-    )
+    file = base / "model.safetensors"
+    write_safetensors(file, entries, lambda name: [torch.randn(entries[name].shape) * 0.02])
 
     lora = LoraConfig()
     inject(model, lora)
@@ -133,8 +141,9 @@ def measure(command: list[str]) -> Cost:
     start = time.perf_counter()
     measuring = [sys.executable, "-c", MEASURE, *command]
     result = subprocess.run(measuring, check=True, capture_output=True, text=True)
-    peak_kib = int(result.stdout)
-    return Cost(time.perf_counter() - start, peak_kib / 2**20)
+    seconds = time.perf_counter() - start
+    cpu_seconds, peak_kib = map(float, result.stdout.split())
+    return Cost(seconds, cpu_seconds, peak_kib / 2**20)
 
 
 def report(figure: str, ours: list[float], theirs: list[float]) -> None:

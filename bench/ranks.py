@@ -110,7 +110,8 @@ def write_model(base: Path, layers: int) -> None:
     drawn = {shape: (torch.randn(shape) * 0.02).bfloat16() for shape in shapes}
 
     (base / "config.json").write_text(json.dumps(raw))
-    write_safetensors(base / "model.safetensors", entries, lambda name: drawn[entries[name].shape])
+    file = base / "model.safetensors"
+    write_safetensors(file, entries, lambda name: [drawn[entries[name].shape]])
 
 
 def resident(field: Literal["VmRSS", "VmHWM"]) -> int:

@@ -215,7 +215,8 @@ def copy_trained(trained: Path) -> None:
         for name in file.keys():
             shape = tuple(file.get_slice(name).get_shape())
             entries[name] = TensorEntry(torch.bfloat16, shape)
-        write_safetensors(TARGET / "model.safetensors", entries, file.get_tensor)
+        target = TARGET / "model.safetensors"
+        write_safetensors(target, entries, lambda name: [file.get_tensor(name)])
 
 
 if __name__ == "__main__":

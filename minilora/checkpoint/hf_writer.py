@@ -12,6 +12,7 @@ from minilora.checkpoint.hf import INDEX_FILE, base_parameters, name_in_file
 from minilora.checkpoint.tensor_files import TensorEntry, write_safetensors
 from minilora.distributed import REPLICATED, Layout
 from minilora.files import write_json
+from minilora.model.precision import dtype_name
 
 SHARD_BYTES = 5_000_000_000
 """Largest size of a model's file; a larger model is written in several."""
@@ -46,7 +47,7 @@ def save_weights(
     for file, names in split.filename_to_tensors.items():
         if distributed.rank() == 0:
             entries = {name: TensorEntry(dtype, tuple(parameters[name].shape)) for name in names}
-            write_safetensors(directory / file, entries, full_tensor)
+            write_safetensors(directory / file, entries, lambda name: [full_tensor(name)])
         else:
             for name in names:
                 full_tensor(name)  # gathering needs every process, in the same order
@@ -62,5 +63,5 @@ def save_config(directory: Path, raw: dict, dtype: torch.dtype) -> None:
     The field is `dtype` where `raw` has that one, and else `torch_dtype`, its older name.
     """
     field = "dtype" if "dtype" in raw else "torch_dtype"
-    config = {**raw, field: str(dtype).removeprefix("torch.")}
+    config = {**raw, field: dtype_name(dtype)}
     write_json(directory / "config.json", config)

@@ -1,14 +1,15 @@
 """Write the files of a merged model: the base with an adapter added to its weights.
 
-Files are written one by one and tensor by tensor, so memory holds a few tensors, not the model.
-Each tensor stays in the file that it has in the base. `lora.merged_weight` computes each sum in
-float32, and `tensor_files.write_safetensors` rounds it once, by its cast to the dtype of the file.
+Files are written one by one, and tensors some rows at a time, so memory holds a few pieces of
+tensors, not the model. Each tensor stays in the file that it has in the base. `lora.merged_weight`
+computes each sum in float32, and `tensor_files.write_safetensors` rounds it once, by its cast to
+the dtype of the file.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ from minilora.checkpoint.tensor_files import (
     DTYPE_OF_CODE,
     TensorEntry,
     open_safetensors,
+    read_shape,
     read_tensor,
+    row_pieces,
     write_safetensors,
 )
 from minilora.checkpoint.tokenizer_writer import plan_export, save_tokenizer
@@ -46,14 +49,14 @@ FileEntries = dict[Path, dict[str, TensorEntry]]
 
 
 class MergedWeights:
-    """The tensors of a merged model, computed one at a time."""
+    """The tensors of a merged model, computed some rows at a time."""
 
     def __init__(
         self,
         base: Path,
         adapter: Adapter,
         quantized: Mapping[str, QuantizedLinear],
-        compute_dtype: torch.dtype,
+        rounded_to: torch.dtype,
     ):
         """Check that the adapter belongs to the base.
 
@@ -62,8 +65,8 @@ class MergedWeights:
             adapter: the adapter to add to its weights.
             quantized: layers that are quantized and dequantized before the adapter is added, by
                 path; empty to merge into the weights as they are stored.
-            compute_dtype: of the arithmetic in training. The weights of such layers are rounded to
-                it before they are quantized, and it is their dtype in the merged files.
+            rounded_to: what the weights of such layers are rounded to before they are quantized,
+                as in training; it is their dtype in the merged files.
 
         Raises:
             UserError: the adapter changes a layer that the base does not have.
@@ -71,7 +74,7 @@ class MergedWeights:
         self.files = weight_map(base)
         self.adapter = adapter
         self.quantized = quantized
-        self.compute_dtype = compute_dtype
+        self.rounded_to = rounded_to
         self.is_tied = bool(read_json(base / "config.json").get("tie_word_embeddings"))
         if self.is_tied:
             check_tied_head(adapter.tensors, str(adapter.directory))
@@ -116,7 +119,7 @@ class MergedWeights:
                 layer = self._quantized_layer(name)
                 if layer is not None and layer.is_prequantized:
                     shape = (layer.out_features, layer.in_features)
-                    entries[name] = TensorEntry(dtype or self.compute_dtype, shape)
+                    entries[name] = TensorEntry(dtype or self.rounded_to, shape)
                     continue
                 code = stored.get_dtype()
                 if code not in DTYPE_OF_CODE:
@@ -139,36 +142,59 @@ class MergedWeights:
             return self.adapter.tensors.get(EMBEDDING)
         return self.adapter.tensors.get(PEFT_PREFIX + name)
 
-    def tensor(self, name: str) -> Tensor:
-        """Compute a tensor of the merged model; sums with the adapter are float32, not yet rounded.
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Compute a tensor of the merged model, some rows after the others.
+
+        Sums with the adapter are float32, not yet rounded.
 
         Raises:
             UserError: the base's tensor is damaged, or has another shape than the adapter's update.
         """
         trained = self._trained_matrix(name)
         if trained is not None:
-            return trained
+            yield trained
+            return
 
         path = name.removesuffix(".weight")
-        tensor = self._base_tensor(name)
         if path not in self.adapted_paths:
-            return tensor
+            for _, piece in self._base_pieces(name):
+                yield piece
+            return
         A = self.adapter.tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"]  # [R, in]
         B = self.adapter.tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"]  # [out, R]
-        if tensor.shape != (B.shape[0], A.shape[1]):
-            found, update = list(tensor.shape), [B.shape[0], A.shape[1]]
-            raise UserError(f"{path}: the base's weight is {found}, the adapter's update {update}")
-        return merged_weight(tensor, A, B, lora_scaling(self.adapter.lora))
+        self._check_update(path, (B.shape[0], A.shape[1]))
+        scaling = lora_scaling(self.adapter.lora)
+        for rows, piece in self._base_pieces(name):
+            yield merged_weight(piece, A, B[rows], scaling)
 
-    def _base_tensor(self, name: str) -> Tensor:
-        """Read a tensor of the base, quantized and dequantized if it was so in training."""
+    def _check_update(self, path: str, update: tuple[int, ...]) -> None:
+        """Raise UserError if a weight of the base does not have the shape of the update to it."""
+        name = f"{path}.weight"
         layer = self._quantized_layer(name)
         if layer is None:
-            return read_tensor(self.files[name], name)
-        load_quantized_layer(layer, self.files, CPU, self.compute_dtype, REPLICATED)
-        weight = layer.dequantize(torch.float32)
+            shape = read_shape(self.files[name], name)
+        else:
+            shape = (layer.out_features, layer.in_features)
+        if shape != update:
+            found = f"the base's weight is {list(shape)}, the adapter's update {list(update)}"
+            raise UserError(f"{path}: {found}")
+
+    def _base_pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Read a tensor of the base, as (rows, their values) after each other.
+
+        A layer that was quantized in training is quantized and dequantized, as a whole.
+        """
+        layer = self._quantized_layer(name)
+        if layer is None:
+            file = self.files[name]
+            for rows in row_pieces(read_shape(file, name)):
+                yield rows, read_tensor(file, name, rows)
+            return
+        load_quantized_layer(layer, self.files, CPU, self.rounded_to, REPLICATED)
+        weight = layer.weight_in(torch.float32)
         layer.to("meta")  # frees what was loaded: memory holds the weights of one layer
-        return weight
+        for rows in row_pieces(tuple(weight.shape)):
+            yield rows, weight[rows]
 
 
 def write_merged_weights(
@@ -188,12 +214,12 @@ def write_merged_weights(
     total = sum(len(file_entries) for file_entries in entries.values())
     with tqdm.tqdm(total=total, desc="merging", unit=" tensors") as bar:
 
-        def tensor_of(name: str) -> Tensor:
+        def pieces_of(name: str) -> Iterator[Tensor]:
             bar.update()
-            return weights.tensor(name)
+            return weights.pieces(name)
 
         for file, file_entries in entries.items():
-            write_safetensors(target / file.name, file_entries, tensor_of)
+            write_safetensors(target / file.name, file_entries, pieces_of)
     return entries
 
 

@@ -1,8 +1,8 @@
 """Jobs for several real processes.
 
-`launch` starts the processes under torchrun, and each of them does every job in one process group.
-A start costs seconds, so one start does many jobs. The functions of the second half are the jobs;
-they run in those processes, so this file must not import anything slow.
+`launch` starts the processes, and each of them does every job in one process group. A start costs
+seconds, so one start does many jobs. The functions of the second half are the jobs; they run in
+those processes, so this file must not import anything slow.
 """
 
 import datetime
@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as torch_distributed
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +33,7 @@ from minilora.data import cache
 from minilora.data.tokenizer import Tokenizer
 from minilora.generation.engine import generate_ids
 from minilora.generation.sampling import SamplingParams
+from minilora.model import precision
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -47,16 +49,20 @@ class JobError(Exception):
 
 def torchrun(ranks: int, *command: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """Run a script of this repository in `ranks` processes."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*launcher, f"--nproc_per_node={ranks}", *command],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment(),
         timeout=timeout,
     )
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of processes that import from this repository and its tests."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def launch(directory: Path, ranks: int, jobs: dict[str, Job], join: bool = True) -> Results:
@@ -70,7 +76,8 @@ def launch(directory: Path, ranks: int, jobs: dict[str, Job], join: bool = True)
     """
     directory.mkdir(parents=True)
     (directory / "jobs").write_bytes(pickle.dumps((jobs, join)))
-    run = torchrun(ranks, str(Path(__file__)), str(directory))
+    command = [sys.executable, str(Path(__file__)), str(directory), str(ranks)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
     assert run.returncode == 0, run.stderr[-6000:]
     by_rank = [pickle.loads((directory / str(rank)).read_bytes()) for rank in range(ranks)]
     return {name: [results[name] for results in by_rank] for name in jobs}
@@ -84,8 +91,29 @@ def outcome(results: Results, name: str) -> list:
     return results[name]
 
 
-def work(directory: Path) -> None:
+def fork_workers(directory: Path, ranks: int) -> None:
+    """Fork `ranks` processes that call `work`, with what torchrun tells its own.
+
+    torchrun would start each with a new Python, and each would import torch for itself: seconds of
+    processor time that `helpers.processes` spends where the launcher is what is tested.
+    """
+    import torch._dynamo  # every run imports it, and it takes a second
+
+    store = torch_distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, not in the first worker
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    # ends all when one fails
+    torch.multiprocessing.start_processes(work, (directory,), ranks, start_method="fork")
+
+
+def work(rank: int, directory: Path) -> None:
     """Do all jobs in turn; every process that `launch` starts calls this."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     jobs, join = pickle.loads((directory / "jobs").read_bytes())
     torch.set_num_threads(1)
     destroy_process_group = distributed.destroy_process_group
@@ -170,7 +198,8 @@ class ModelOptions:
     rank: int = 4
     init: Literal["pretrained", "random"] = "pretrained"
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+    cpu_has_bfloat16: bool = True
     strategy: Literal["fsdp", "hsdp"] = "fsdp"
     shard_size: int | None = None
 
@@ -183,7 +212,10 @@ def sharded_model(directory: Path, options: ModelOptions) -> LoadedModel:
     config.train.gradient_checkpointing = False
     config.parallel.strategy = options.strategy
     config.parallel.shard_size = options.shard_size
-    return build_for_training(config, directory, CPU)
+    if options.cpu_has_bfloat16:
+        return build_for_training(config, directory, CPU)
+    with mock.patch.object(precision, "has_fast_bfloat16", lambda device: False):
+        return build_for_training(config, directory, CPU)
 
 
 @dataclass
@@ -292,4 +324,4 @@ if __name__ == "__main__":
     # under its proper name, so that what is unpickled is of the same classes
     from helpers import ranks
 
-    ranks.work(Path(sys.argv[1]))
+    ranks.fork_workers(Path(sys.argv[1]), int(sys.argv[2]))

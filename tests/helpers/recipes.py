@@ -28,7 +28,13 @@ from minilora.tracking.tracker import Tracker
 from minilora.training.ema import EMA
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of NF4 in each row
+SIZES = {
+    "hidden_size": 64,  # whole blocks of NF4 in each row
+    "intermediate_size": 128,
+    "num_attention_heads": 2,  # of long documents, attention takes most of the time
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 
 
 def load_recipe(name: str, *flags: str) -> Config:

@@ -12,6 +12,7 @@ byte, elsewhere losses and sums of tensors must agree within a tolerance.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -22,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,29 @@ CHAT_TEMPLATE = (
 OF_TORCHRUN = re.compile("RANK$|WORLD_SIZE$|^MASTER_|^LOCAL_|^GROUP_|^ROLE_|^TORCHELASTIC_")
 
 
+# Runs scripts in forked processes, which need not import what is imported here: that takes seconds.
+# Each line of stdin is a command after the file for its output; the answer is its exit code.
+FORK_SCRIPTS = """
+import json, os, runpy, sys
+import torch._dynamo
+import train, merge, infer
+
+for line in sys.stdin:
+    log, *command = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, flush=True)
+"""
+
+
 class Checkout:
     """A repository, the Python that runs its scripts, and a directory for what they write."""
 
@@ -102,9 +126,47 @@ class Checkout:
         self.repository, self.python, self.place = repository, python, place
         self.done: set[Path] = set()  # the output directories of finished runs
         (place / "chat.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        self.forking: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self.forking is not None:
+            self.forking.communicate()
 
     def execute(self, *command: str) -> None:
-        """Run a Python command in the repository, on one CPU thread."""
+        """Run a script in the repository, in a process of its own on one CPU thread."""
+        if self.forking is None:
+            self.forking = subprocess.Popen(
+                [self.python, "-c", FORK_SCRIPTS],
+                cwd=self.repository,
+                env=self.environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self.forking.stdin is not None and self.forking.stdout is not None
+        log = Path(tempfile.mkdtemp(dir=self.place)) / "log"
+        print(json.dumps([str(log), *command]), file=self.forking.stdin, flush=True)
+        code = self.forking.stdout.readline().strip()
+        assert code == "0", f"{' '.join(command)}\n{log.read_text(encoding='utf-8')}"
+
+    def torchrun(self, processes: int, *command: str) -> None:
+        """Run a script in the repository in several processes, on one CPU thread each."""
+        launcher = "-m torch.distributed.run --standalone --nproc_per_node".split()
+        done = subprocess.run(
+            [self.python, *launcher, str(processes), *command],
+            cwd=self.repository,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the processes: one thread, nothing of the machine's own."""
         environment = {k: v for k, v in os.environ.items() if not OF_TORCHRUN.search(k)}
         environment |= {
             "PYTHONPATH": str(self.repository),
@@ -116,17 +178,7 @@ class Checkout:
             "MKL_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        done = subprocess.run(
-            [self.python, *command],
-            cwd=self.repository,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+        return environment
 
     def recipe(self, name: str) -> list[str]:
         """Return the command that runs a recipe with the tiny model in place of its own."""
@@ -143,10 +195,11 @@ class Checkout:
         if out not in self.done:
             recipe, processes, flags = RUNS[name]
             command = [*self.recipe(recipe), *SHORT.split(), *flags.split(), *more]
+            command += ["--output_dir", str(out)]
             if processes > 1:
-                torchrun = "-m torch.distributed.run --standalone --nproc_per_node".split()
-                command = [*torchrun, str(processes), *command]
-            self.execute(*command, "--output_dir", str(out))
+                self.torchrun(processes, *command)
+            else:
+                self.execute(*command)
             self.done.add(out)
         return out
 
@@ -356,8 +409,10 @@ def same_machine(recorded: dict) -> bool:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    return Checkout(REPOSITORY, sys.executable, tmp_path_factory.mktemp("numbers"))
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    place = tmp_path_factory.mktemp("numbers")
+    with contextlib.closing(Checkout(REPOSITORY, sys.executable, place)) as checkout:
+        yield checkout
 
 
 def test_every_case_is_recorded(recorded: dict):
@@ -415,8 +470,10 @@ def main() -> int:
     recorded = {} if args.record else read_record()
     same_machine = not args.record and recorded["machine"] == machine and not args.elsewhere
     found, failed = {}, False
-    with tempfile.TemporaryDirectory(prefix="same-numbers-") as place:
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="same-numbers-"))
         checkout = Checkout(args.repository.resolve(), args.python, Path(place))
+        stack.callback(checkout.close)
         for case in CASES if args.record else args.case or CASES:
             found[case] = CASES[case](checkout)
             if args.record:
