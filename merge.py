@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from minilora.build import DTYPES, build_for_inference, compute_dtype, quantize_base
+from minilora.build import build_for_inference, quantize_base
 from minilora.checkpoint.hf import checkpoint_bits
 from minilora.checkpoint.merge_writer import (
     MergedWeights,
@@ -35,6 +35,7 @@ from minilora.files import read_json, write_directory
 from minilora.hub import resolve
 from minilora.loading import find_base
 from minilora.model.hf_config import DecoderConfig
+from minilora.model.precision import DTYPES, choose_precision
 from minilora.model.quantized_linear import QuantizedLinear
 from minilora.model.transformer import CausalLM
 
@@ -81,8 +82,10 @@ class TrainedAdapter:
     """Bits per weight of the linear layers in training."""
     double_quant: bool
     """With 4 bits, whether the quantization constants were quantized too."""
-    dtype: torch.dtype
-    """Dtype of the arithmetic in training."""
+    trained_in: str
+    """Setting model.dtype in training: a dtype's name, or "auto"."""
+    rounded_to: torch.dtype
+    """What the base's weights were rounded to before they were quantized."""
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
         """Return {path: layer} of the layers that were quantized in training, without weights."""
@@ -151,8 +154,10 @@ def read_trained(checkpoint: Path, args: Args) -> TrainedAdapter:
         bits = stored_bits
     else:
         bits = settings.bits
-    dtype = compute_dtype(settings.dtype, raw, CPU)
-    return TrainedAdapter(adapter, base, stored_bits, bits, settings.double_quant, dtype)
+    rounded_to = choose_precision(settings.dtype, raw, CPU).before_quantization
+    return TrainedAdapter(
+        adapter, base, stored_bits, bits, settings.double_quant, settings.dtype, rounded_to
+    )
 
 
 def check_way_to_merge(trained: TrainedAdapter, from_quantized: bool) -> None:
@@ -178,7 +183,7 @@ def merge(trained: TrainedAdapter, dtype: str, from_quantized: bool, target: Pat
         UserError: the adapter does not belong to the base, or the base is damaged.
     """
     quantized = trained.quantized_layers() if from_quantized else {}
-    weights = MergedWeights(trained.base, trained.adapter, quantized, trained.dtype)
+    weights = MergedWeights(trained.base, trained.adapter, quantized, trained.rounded_to)
     entries = write_merged_weights(weights, DTYPES.get(dtype), target)
     write_other_files(trained.base, trained.adapter.directory, target, entries)
 
@@ -222,8 +227,8 @@ def live_logits(trained: TrainedAdapter) -> Tensor:
 
     The arithmetic is float32. The base's weights are quantized as they were in training.
     """
-    is_quantized = trained.bits < 16
-    dtype = str(trained.dtype).removeprefix("torch.") if is_quantized else "float32"
+    # in float32 quantized weights would not be rounded first, as they were in training
+    dtype = trained.trained_in if trained.bits < 16 else "float32"
     loaded = build_for_inference(
         trained.base, CPU, dtype, trained.bits, trained.double_quant, trained.adapter.directory
     )

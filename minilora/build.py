@@ -2,7 +2,7 @@
 
 Both builders take the same steps, those in brackets only for training:
 
-    config.json -> modules on the meta device -> quantized linear layers -> adapters
+    config.json -> modules on the meta device -> quantized (or cast) linear layers -> adapters
     [-> gradient checkpointing -> shards] -> weights
 
 Modules on the meta device have shapes but no memory: nothing is allocated before its dtype and its
@@ -11,16 +11,13 @@ shards are decided.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 from minilora import distributed
 from minilora.checkpoint.hf import (
-    VOCABULARY_MATRICES,
     base_parameters,
     checkpoint_bits,
     draw_weights,
@@ -28,18 +25,24 @@ from minilora.checkpoint.hf import (
     materialize_parameter,
     weight_map,
 )
-from minilora.checkpoint.peft import Adapter, load_adapter_state, read_adapter
+from minilora.checkpoint.peft import (
+    Adapter,
+    adapter_vocab_size,
+    load_adapter_state,
+    read_adapter,
+)
 from minilora.config import Config, LoraConfig
 from minilora.distributed import REPLICATED, Layout
 from minilora.errors import UserError
 from minilora.files import read_json
 from minilora.hub import resolve
+from minilora.model.block_execution import prepare_blocks
+from minilora.model.frozen_linear import hold_in_16_bits
 from minilora.model.hf_config import DecoderConfig
 from minilora.model.lora import init_adapters, inject
+from minilora.model.precision import Precision, choose_precision
 from minilora.model.quantized_linear import QuantizedLinear
 from minilora.model.transformer import CausalLM
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass
@@ -48,7 +51,9 @@ class LoadedModel:
 
     model: CausalLM
     dtype: torch.dtype
-    """Of the arithmetic, and of the weights of a full run when they are saved."""
+    """Of the arithmetic."""
+    weight_dtype: torch.dtype
+    """Of frozen weights in memory, and of the weights of a full run when they are saved."""
     lora: LoraConfig | None
     """The adapters' settings; those of the adapter itself where it was read from a file."""
     num_parameters: int
@@ -83,7 +88,7 @@ def build_for_training(
     full = config.method == "full"
     directory = checkpoint if full and checkpoint is not None else base  # of the base's weights
     hf_config = read_json(directory / "config.json")
-    dtype = compute_dtype(config.model.dtype, hf_config, device)
+    precision = choose_precision(config.model.dtype, hf_config, device)
 
     # The settings of lora.init_from (rank, targets) hold for a resumed run too; its values do not.
     lora = None if full else config.lora
@@ -91,7 +96,7 @@ def build_for_training(
     if lora is not None and lora.init_from is not None:
         init_adapter = read_adapter(resolve(lora.init_from))
         lora = init_adapter.lora
-        vocab_size = max(vocab_size, _vocab_size_of(init_adapter))
+        vocab_size = max(vocab_size, adapter_vocab_size(init_adapter))
 
     model, new_tokens = _modules_on_meta(directory, hf_config, vocab_size)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -101,24 +106,26 @@ def build_for_training(
     if lora is None:
         model.requires_grad_(True)
     else:
-        inject(model, lora)  # freezes the base, except an embedding and head to train
-    if config.train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+        _freeze_base(model, precision)
+        inject(model, lora)  # leaves an embedding and head to train
+    prepare_blocks(model, config.train)
 
-    weight_dtype = torch.float32 if full else dtype
-    _set_dtypes(model, weight_dtype)
-    layout = _distribute(model, config, dtype, device)
+    _set_dtypes(model, precision)
+    layout = _distribute(model, config, precision.compute, device)
 
     if config.model.init == "random" and checkpoint is None:
         std = model.config.initializer_range
-        draw_weights(model, device, weight_dtype, std, config.seed, layout)
+        draw_weights(model, device, None, std, config.seed, layout)
     else:
-        load_weights(model, directory, device, weight_dtype, quantized, layout, new_tokens)
+        rounded_to = precision.before_quantization
+        load_weights(model, directory, device, rounded_to, quantized, layout, new_tokens)
     if lora is not None:
         adapter = init_adapter if checkpoint is None else read_adapter(checkpoint)
         _fill_adapters(model, adapter, config.seed, device, layout)
-    autocast = _autocast_dtype(full, dtype, layout)
-    return LoadedModel(model, dtype, lora, num_parameters, autocast, layout)
+    autocast = _autocast_dtype(full, precision.compute, layout)
+    return LoadedModel(
+        model, precision.compute, precision.weights, lora, num_parameters, autocast, layout
+    )
 
 
 def _autocast_dtype(full: bool, dtype: torch.dtype, layout: Layout) -> torch.dtype | None:
@@ -146,7 +153,7 @@ def build_for_inference(
     Args:
         directory: the model in Hugging Face layout.
         device: where the weights go.
-        dtype: of the arithmetic; for auto see `compute_dtype`.
+        dtype: of the arithmetic; for auto see `choose_precision`.
         bits: 16, 8 (LLM.int8) or 4 (NF4).
         double_quant: with 4 bits, quantize the quantization constants too.
         adapter: the directory of a PEFT adapter to put on the model.
@@ -155,52 +162,27 @@ def build_for_inference(
         UserError: a file is missing or damaged, or does not fit the others.
     """
     hf_config = read_json(directory / "config.json")
-    torch_dtype = compute_dtype(dtype, hf_config, device)
+    precision = choose_precision(dtype, hf_config, device)
     loaded = None if adapter is None else read_adapter(adapter)
-    vocab_size = 0 if loaded is None else _vocab_size_of(loaded)
+    vocab_size = 0 if loaded is None else adapter_vocab_size(loaded)
 
     model, new_tokens = _modules_on_meta(directory, hf_config, vocab_size)
     num_parameters = sum(p.numel() for p in model.parameters())
     quantized = quantize_base(model, hf_config, directory, bits, double_quant)
     _log_quantized(model, quantized, bits)
-    if loaded is None:
-        model.requires_grad_(False)
-    else:
+    _freeze_base(model, precision)
+    if loaded is not None:
         inject(model, loaded.lora)
 
-    _set_dtypes(model, torch_dtype)
-    load_weights(model, directory, device, torch_dtype, quantized, new_tokens=new_tokens)
+    _set_dtypes(model, precision)
+    rounded_to = precision.before_quantization
+    load_weights(model, directory, device, rounded_to, quantized, new_tokens=new_tokens)
     if loaded is not None:
         unused_seed = 0  # the adapter's values replace all that are drawn
         _fill_adapters(model, loaded, unused_seed, device, REPLICATED)
     model.eval().requires_grad_(False)
     lora = None if loaded is None else loaded.lora
-    return LoadedModel(model, torch_dtype, lora, num_parameters)
-
-
-def compute_dtype(wanted: str, hf_config: dict, device: torch.device) -> torch.dtype:
-    """Return the dtype of the arithmetic.
-
-    Args:
-        wanted: a dtype's name, or "auto". Auto is float32 for a checkpoint in float32. For one in
-            16 bits it is bfloat16, which unlike float16 does not overflow in training, or float16
-            on a GPU that has no bfloat16.
-        hf_config: the checkpoint's config.json.
-        device: where the model will run.
-    """
-    if wanted != "auto":
-        return DTYPES[wanted]
-    saved = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    if str(saved).removeprefix("torch.") == "float32":
-        return torch.float32
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
-
-
-def _vocab_size_of(adapter: Adapter) -> int:
-    """Return the vocabulary of the embedding that comes with an adapter, or 0 without one."""
-    sizes = [len(t) for name, t in adapter.tensors.items() if name.endswith(VOCABULARY_MATRICES)]
-    return max(sizes, default=0)
+    return LoadedModel(model, precision.compute, precision.weights, lora, num_parameters)
 
 
 def _modules_on_meta(directory: Path, hf_config: dict, vocab_size: int) -> tuple[CausalLM, int]:
@@ -267,29 +249,31 @@ def _log_quantized(model: CausalLM, quantized: Mapping[str, QuantizedLinear], bi
     distributed.log(message)
 
 
-def enable_gradient_checkpointing(model: CausalLM) -> None:
-    """Make each block run again in the backward pass instead of keeping its activations.
-
-    The non-reentrant form works although the first block's input comes from a frozen embedding and
-    needs no gradient.
-    """
-    for block in model.model.layers:
-        block.forward = partial(
-            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
-        )
+def _freeze_base(model: CausalLM, precision: Precision) -> None:
+    """Freeze a model, and let its weights stay in 16 bits where the arithmetic is not."""
+    model.requires_grad_(False)
+    if precision.weights != precision.compute:
+        hold_in_16_bits(model)
 
 
-def _set_dtypes(model: CausalLM, weight_dtype: torch.dtype) -> None:
-    """Give frozen parameters of the base the dtype `weight_dtype`, and trained ones float32.
+def _set_dtypes(model: CausalLM, precision: Precision) -> None:
+    """Give the base's parameters their dtypes: trained ones are float32.
 
-    The model is still on the meta device, so this only decides what memory will be needed.
+    Frozen vectors (norms and biases) have the dtype of the arithmetic: they need no memory to speak
+    of. The model is still on the meta device, so this only decides what memory will be needed.
     Quantized parameters are integers, and stay so.
     """
     for path, p in list(base_parameters(model)):
-        if p.is_floating_point():
-            dtype = torch.float32 if p.requires_grad else weight_dtype
-            # replaces the parameter by one on the meta device again, of the other dtype
-            materialize_parameter(model, path, p.detach().to(dtype), REPLICATED)
+        if not p.is_floating_point():
+            continue
+        if p.requires_grad:
+            dtype = torch.float32
+        elif p.ndim > 1:
+            dtype = precision.weights
+        else:
+            dtype = precision.compute
+        # replaces the parameter by one on the meta device again, of the other dtype
+        materialize_parameter(model, path, p.detach().to(dtype), REPLICATED)
 
 
 def _distribute(

@@ -17,8 +17,9 @@ from minilora.checkpoint.peft import CONFIG_FILE, base_model_name
 from minilora.data.tokenizer import Tokenizer, has_tokenizer
 from minilora.errors import UserError
 from minilora.files import read_json, read_json_if_present
-from minilora.hub import resolve
+from minilora.hub import HUB_FILES, resolve
 from minilora.model.lora import merge_adapters
+from minilora.model.precision import precision_note
 from minilora.model.transformer import CausalLM
 
 GENERATION_FILE = "generation_config.json"
@@ -50,6 +51,7 @@ def find_model(
     adapter: str | None = None,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    patterns: list[str] = HUB_FILES,
 ) -> ModelFiles:
     """Find the directories of a model's parts; those on the hub are downloaded.
 
@@ -59,13 +61,14 @@ def find_model(
         adapter: hub id or directory of a PEFT adapter to put on the model.
         revision: branch, tag or commit of `name` on the hub.
         adapter_revision: the same of `adapter`.
+        patterns: names of the files to download, with shell wildcards.
 
     Raises:
         UserError: something cannot be found, or a revision would be ignored.
     """
     if adapter_revision and not adapter:
         raise UserError("adapter_revision is given, but no adapter: `revision` is the model's")
-    directory = resolve(name, revision)
+    directory = resolve(name, revision, patterns=patterns)
     adapter_directory = None
     if adapter:
         adapter_directory = resolve(adapter, adapter_revision, "adapter_revision")
@@ -78,7 +81,7 @@ def find_model(
             )
         adapter_directory = directory
         try:
-            directory = find_base(adapter_directory, name)
+            directory = find_base(adapter_directory, name, patterns)
         except UserError as error:
             raise UserError(
                 f"{error} (this is the base of the adapter {name}; if it is elsewhere, give the "
@@ -124,7 +127,7 @@ def _note_other_base(directory: Path, adapter: str, name: str, revision: str | N
         distributed.log(f"note: the adapter {adapter} was trained over {trained_over}, not {over}")
 
 
-def find_base(adapter: Path, name: str) -> Path:
+def find_base(adapter: Path, name: str, patterns: list[str] = HUB_FILES) -> Path:
     """Return the directory of the base that an adapter names.
 
     The base of an adapter from the hub may be a directory here. Then a note is logged: the name
@@ -133,12 +136,13 @@ def find_base(adapter: Path, name: str) -> Path:
     Args:
         adapter: the adapter's directory.
         name: what the user calls the adapter, for messages.
+        patterns: names of the files to download, with shell wildcards.
 
     Raises:
         UserError: the base cannot be found.
     """
     base_name, revision = base_model_name(read_json(adapter / CONFIG_FILE), str(adapter))
-    base = resolve(base_name, revision)
+    base = resolve(base_name, revision, patterns=patterns)
     is_local = Path(base_name).expanduser().is_dir()
     if is_local and not Path(name).expanduser().is_dir():
         distributed.log(f"note: the base of {name} is taken to be the directory {base.resolve()}")
@@ -191,9 +195,12 @@ def load_files(
 
     target = torch.device(device) if device else distributed.default_device()
     loaded = build_for_inference(files.base, target, dtype, bits, double_quant, files.adapter)
+    note = precision_note(loaded.dtype, loaded.weight_dtype, target)
+    if note:
+        distributed.log(note)
     # embedding and head (one matrix if tied) are float32 where the adapter brings them
     for p in (loaded.model.model.embed_tokens.weight, loaded.model.head_weight):
-        p.data = p.data.to(loaded.dtype)
+        p.data = p.data.to(loaded.weight_dtype)
     if fold:
         merge_adapters(loaded.model)
     return loaded.model
@@ -217,7 +224,7 @@ def load(
             model.
         dtype: of the arithmetic: bfloat16, float16, float32, or auto: as the model was trained,
             or, if that is unknown, float32 for a model saved in float32 and bfloat16 for any other
-            (float16 on a GPU without bfloat16).
+            (float16 on a GPU without bfloat16, float32 over 16-bit weights on a CPU without it).
         bits: 16, 8 (LLM.int8), 4 (NF4), or None: as the adapter was trained, or as the model was
             saved.
         device: default: the GPU if there is one.

@@ -43,7 +43,7 @@ class TrainedModel(Protocol):
     """
 
     model: CausalLM
-    dtype: torch.dtype
+    weight_dtype: torch.dtype
     lora: LoraConfig | None
     layout: Layout
 
@@ -110,8 +110,8 @@ class Checkpointer:
         Raises:
             RunError: the disk is full, or cannot be written to.
         """
-        # of a full run, the saved weights are the float32 ones rounded to the compute dtype
-        is_rounded = self.config.method == "full" and self.loaded.dtype != torch.float32
+        # of a full run, the saved weights are the float32 ones, maybe rounded
+        is_rounded = self.config.method == "full" and self.loaded.weight_dtype != torch.float32
         raw_weights = self.shadow  # not the average, which is in the model now
         tensors = training_tensors(optimizer, self.parameters, is_rounded, raw_weights)
         if distributed.rank() == 0:
@@ -134,7 +134,7 @@ class Checkpointer:
         """Write the adapter, or the whole model if all of it is trained."""
         model, lora = self.loaded.model, self.loaded.lora
         if lora is None:
-            save_weights(model, target, self.loaded.dtype, self.loaded.layout)
+            save_weights(model, target, self.loaded.weight_dtype, self.loaded.layout)
             if distributed.rank() == 0:
                 # the vocabulary may have grown by data.add_tokens
                 raw = read_json(self.base / "config.json")
@@ -142,7 +142,7 @@ class Checkpointer:
                 new_eos = self.tokenizer_export.new_eos
                 if new_eos is not None:
                     raw["eos_token_id"] = self.tokenizer.specials[new_eos]
-                save_config(target, raw, self.loaded.dtype)
+                save_config(target, raw, self.loaded.weight_dtype)
         else:
             adapter = adapter_state(model, self.loaded.layout)
             if distributed.rank() == 0:

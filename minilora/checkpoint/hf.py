@@ -262,7 +262,7 @@ def _read_with_new_rows(file: Path, name: str, rows: slice, total: int) -> Tenso
 def draw_weights(
     model: nn.Module,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     std: float,
     seed: int,
     layout: Layout = REPLICATED,
@@ -270,6 +270,14 @@ def draw_weights(
     """Give a model on the meta device new weights, which depend on the seed alone.
 
     Matrices are normal with standard deviation `std`, norms are one, biases are zero.
+
+    Args:
+        model: built on the meta device; parameters of adapters are left as they are.
+        device: where the weights go.
+        dtype: of the weights; None: each parameter keeps its own.
+        std: standard deviation of the matrices.
+        seed: the weights depend on it alone.
+        layout: which rows of the parameters this process holds.
     """
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in list(base_parameters(model)):
@@ -278,5 +286,5 @@ def draw_weights(
             tensor.normal_(0.0, std, generator=generator)
         else:
             tensor.fill_(1.0 if "norm" in path else 0.0)
-        rows = tensor[layout.local_rows(parameter)].to(device, dtype)
+        rows = tensor[layout.local_rows(parameter)].to(device, dtype or parameter.dtype)
         materialize_parameter(model, path, rows, layout)

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from minilora.checkpoint.hf import VOCABULARY_MATRICES
 from minilora.checkpoint.tensor_files import open_safetensors
 from minilora.config import LoraConfig, ModelConfig
 from minilora.distributed import REPLICATED, Layout
@@ -68,6 +69,12 @@ class Adapter(NamedTuple):
     raw: dict
     """adapter_config.json."""
     directory: Path
+
+
+def adapter_vocab_size(adapter: Adapter) -> int:
+    """Return the vocabulary of the embedding that comes with an adapter, or 0 without one."""
+    sizes = [len(t) for name, t in adapter.tensors.items() if name.endswith(VOCABULARY_MATRICES)]
+    return max(sizes, default=0)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ SIZES = (
 )
 
 # Keys of config.json that change no number of the decoder: bookkeeping, defaults of generation, and
-# what the tokenizer decides. The dtypes are read elsewhere, see `build.compute_dtype`.
+# what the tokenizer decides. The dtypes are read elsewhere, see `model.precision`.
 IGNORED_KEYS = frozenset(
     {
         "_attn_implementation",

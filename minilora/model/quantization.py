@@ -36,6 +36,8 @@ NESTED_BLOCK = 256
 PIECE = 2**18
 """Weights quantized at a time. On a CPU bitsandbytes copies them to fp32 and int32, which for a
 whole matrix would take 8 bytes a weight."""
+PIECE_ON_GPU = 2**26
+"""The same on a GPU, which needs no such copies, and waits for the host after each piece."""
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8: inputs of a larger magnitude are multiplied in 16 bits."""
 
@@ -226,12 +228,12 @@ class NF4Linear(QuantizedLinear):
         )
 
     def product(self, x: Tensor) -> Tensor:
-        """Multiply by the weight, which bitsandbytes dequantizes; see `QuantizedLinear`."""
-        if not self.rows_independent:  # matmul_4bit needs blocks within rows, see `dequantize`
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        """Multiply by the weight, which bitsandbytes dequantizes; see `FrozenLinear`."""
+        if not self.rows_independent:  # matmul_4bit needs blocks within rows, see `weight_in`
+            return F.linear(x, self.weight_in(x.dtype), self.bias)
         return bitsandbytes.matmul_4bit(x, self.weight, self.bnb_state(x.dtype), bias=self.bias)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] that the quantized one represents."""
         state = self.bnb_state(dtype)
         if not self.rows_independent:
@@ -239,6 +241,11 @@ class NF4Linear(QuantizedLinear):
             state.shape = torch.Size((1, self.out_features * self.in_features))
         weight = bnb_functional.dequantize_4bit(self.weight.view(-1, 1), state)
         return weight.view(self.out_features, self.in_features)
+
+
+def _piece(device: torch.device) -> int:
+    """Return how many weights are quantized at a time on a device."""
+    return PIECE_ON_GPU if device.type == "cuda" else PIECE
 
 
 def _quantize_in_pieces(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,10 +259,11 @@ def _quantize_in_pieces(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     packed = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(math.ceil(weight.numel() / BLOCK), device=weight.device)
+    piece = _piece(weight.device)
     pieces = zip(
-        weight.flatten().split(PIECE),
-        packed.split(PIECE // 2),
-        absmax.split(PIECE // BLOCK),
+        weight.flatten().split(piece),
+        packed.split(piece // 2),
+        absmax.split(piece // BLOCK),
         strict=True,
     )
     for weight_piece, packed_piece, absmax_piece in pieces:
@@ -277,6 +285,7 @@ class Int8Linear(QuantizedLinear):
     parameter_names = ("weight", "SCB")
     stat_names = ("SCB",)
     optional_names = ("weight_format",)
+    waits_for_device = True  # the host counts outliers, so a CUDA graph cannot hold the product
     SCB: Tensor
 
     def __init__(self, base: nn.Linear, path: str, checkpoint_names: Collection[str]):
@@ -297,7 +306,7 @@ class Int8Linear(QuantizedLinear):
         """Quantize this process's rows of a weight and hold the result."""
         packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(len(weight), device=weight.device)
-        rows = max(1, PIECE // self.in_features)
+        rows = max(1, _piece(weight.device) // self.in_features)
         pieces = zip(weight.split(rows), packed.split(rows), scale.split(rows), strict=True)
         for weight_piece, packed_piece, scale_piece in pieces:
             half_piece = weight_piece.to(torch.float16)  # the function takes no other dtype
@@ -334,7 +343,7 @@ class Int8Linear(QuantizedLinear):
         instead, as bitsandbytes does.
         """
         if self.training and not x.is_cuda:
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
+            return F.linear(x, self.weight_in(x.dtype), self.bias)
 
         x16 = x.to(torch.float16, copy=True)  # a copy, because the next line writes into it
         packed, scale, outliers = bnb_functional.int8_vectorwise_quant(
@@ -345,7 +354,7 @@ class Int8Linear(QuantizedLinear):
         )
         return result
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] that the quantized one represents."""
         # times 1/127 instead of divided by 127, as bitsandbytes has it: the two round differently
         scale = self.SCB.view(torch.float32)[:, None] * (1 / 127)  # [out, 1]

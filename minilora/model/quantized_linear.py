@@ -1,8 +1,8 @@
-"""The base class of linear layers whose frozen weights are held in fewer bits.
+"""The base class of frozen linear layers whose weights are quantized.
 
 quantization.py has the two kinds of them, NF4 and LLM.int8. What they share is here: how a layer
-gets its weight from a checkpoint, how its product passes a gradient on, and the form of its
-parameters.
+gets its weight from a checkpoint, and the form of its parameters. What they share with `CastLinear`
+is in frozen_linear.py.
 
 Parameters have integer dtypes. FSDP splits them by rows like any others, and its mixed-precision
 policy casts only floats; fp32 statistics are therefore held as the same bits in int32. Tensors that
@@ -19,28 +19,13 @@ from torch import Tensor, nn
 
 from minilora.distributed import Layout
 from minilora.errors import UserError
+from minilora.model.frozen_linear import FrozenLinear
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """The product of a quantized layer, with a gradient for its input.
-
-    For the backward pass only the layer is kept: its weight is dequantized once more there.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: "QuantizedLinear") -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype), None  # [T, out] @ [out, in] -> [T, in]
-
-
-class QuantizedLinear(nn.Linear, abc.ABC):
+class QuantizedLinear(FrozenLinear):
     """A frozen linear layer whose weight is held in fewer bits than it was trained in.
 
-    It is created on the meta device, in place of a plain layer, and gets its values by `load`.
+    It gets its values by `load`.
     """
 
     parameter_names: tuple[str, ...]
@@ -64,8 +49,7 @@ class QuantizedLinear(nn.Linear, abc.ABC):
             checkpoint_names: all tensors' names, of a checkpoint that is quantized already; empty
                 for one that is not.
         """
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.requires_grad_(False)
+        super().__init__(base)
         self.path = path
 
         def is_in_checkpoint(name: str) -> bool:
@@ -116,12 +100,6 @@ class QuantizedLinear(nn.Linear, abc.ABC):
                     f"{self.path}.{name} has {size} elements, "
                     f"a layer of {self.extra_repr()} needs {expected}"
                 )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute x W^T + bias: [T, in] -> [T, out], a new tensor, to which LoRA adds in place."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _FrozenProduct.apply(x, self)  # autograd would keep the dequantized weight
-        return self.product(x)
 
     def _declare_parameters(self, **tensors: Tensor) -> None:
         """Create frozen parameters with the shapes and dtypes of these tensors on the meta device.
@@ -178,14 +156,6 @@ class QuantizedLinear(nn.Linear, abc.ABC):
         Raises:
             UserError: they do not fit this layer.
         """
-
-    @abc.abstractmethod
-    def product(self, x: Tensor) -> Tensor:
-        """Compute x W^T + bias without autograd: [T, in] -> [T, out]."""
-
-    @abc.abstractmethod
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in] that the quantized one represents."""
 
 
 def _as_integers(tensor: Tensor) -> Tensor:

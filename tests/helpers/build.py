@@ -5,13 +5,9 @@ from typing import Literal
 
 import torch
 
-from minilora.build import (
-    LoadedModel,
-    build_for_inference,
-    build_for_training,
-    enable_gradient_checkpointing,
-)
-from minilora.config import Config, LoraConfig
+from minilora.build import LoadedModel, build_for_inference, build_for_training
+from minilora.config import Config, LoraConfig, TrainConfig
+from minilora.model.block_execution import prepare_blocks
 
 CPU = torch.device("cpu")
 
@@ -39,7 +35,7 @@ def build(  # noqa: PLR0913 - a keyword for each setting that some test changes
             directory, dtype, random_weights, seed, bits, double_quant, vocab_size
         )
         if gradient_checkpointing:
-            enable_gradient_checkpointing(loaded.model)
+            prepare_blocks(loaded.model, TrainConfig(gradient_checkpointing=True))
         return loaded
 
     config = Config(seed=seed, method="full" if full else "lora")

@@ -26,11 +26,11 @@ from helpers.quantized import (
     quantized_layers,
 )
 from helpers.tiny_models import random_tokens, tiny
-from minilora.build import enable_gradient_checkpointing
 from minilora.checkpoint.hf import load_weights
 from minilora.config import LoraConfig
 from minilora.distributed import Replicated
 from minilora.errors import UserError
+from minilora.model.block_execution import recompute_blocks
 from minilora.model.lora import inject, lora_layers, merge_adapters
 from minilora.model.quantization import NF4Linear, QuantizedLinear, quantize_linears
 from minilora.model.transformer import CausalLM
@@ -113,7 +113,7 @@ def test_nf4_is_what_the_paper_says(shape, double_quant):
     assert len(absmax) == len(blocks)
     absmax_of_weight = torch.tensor(absmax).repeat_interleave(64)[: weight.numel()]
     by_hand = (quantiles * absmax_of_weight).view(shape)
-    torch.testing.assert_close(layer.dequantize(torch.float32), by_hand, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(layer.weight_in(torch.float32), by_hand, rtol=1e-6, atol=1e-7)
 
     for i, (block, rounded) in enumerate(zip(blocks, quantiles.split(64), strict=True)):
         largest = block.abs().max().item()
@@ -137,9 +137,9 @@ def test_nf4_is_dequantized_as_bitsandbytes_does(shape, double_quant, dtype):
     )
     theirs = bnb.dequantize_4bit(packed, state).view(shape)
     assert theirs.dtype == dtype
-    assert torch.equal(layer.dequantize(dtype), theirs)
-    rounded = layer.dequantize(torch.float32).to(dtype)
-    torch.testing.assert_close(layer.dequantize(dtype), rounded)  # a layer dequantizes to any dtype
+    assert torch.equal(layer.weight_in(dtype), theirs)
+    rounded = layer.weight_in(torch.float32).to(dtype)
+    torch.testing.assert_close(layer.weight_in(dtype), rounded)  # a layer dequantizes to any dtype
 
 
 @EVERY_SHAPE
@@ -153,7 +153,7 @@ def test_int8_is_what_the_paper_says(shape):
 
     steps = half * 127 / largest[:, None]
     assert (layer.weight - steps).abs().max() <= 0.5 + 1e-4
-    dequantized = layer.dequantize(torch.float32)
+    dequantized = layer.weight_in(torch.float32)
     torch.testing.assert_close(dequantized, layer.weight * largest[:, None] / 127)
     theirs = bnb.int8_vectorwise_dequant(layer.weight, scale)
     torch.testing.assert_close(dequantized, theirs, rtol=1e-6, atol=0)
@@ -273,7 +273,7 @@ def test_the_gradient_of_the_input_is_that_of_the_dequantized_product(
     x = normal(9, shape[1], seed=2).to(dtype).requires_grad_()
     reference = x.detach().clone().requires_grad_()
     grad = normal(9, shape[0], seed=3).to(dtype)
-    out, expected = layer(x), F.linear(reference, layer.dequantize(dtype), layer.bias)
+    out, expected = layer(x), F.linear(reference, layer.weight_in(dtype), layer.bias)
     out.backward(grad)
     expected.backward(grad)
 
@@ -352,7 +352,7 @@ def test_a_layer_keeps_no_dequantized_weight(bits, double_quant, training, froze
     assert not [t for t in saved if t.is_floating_point() and t.numel() >= size]
     assert num_float_tensors(size) == 0
     assert out.grad_fn is not None  # the graph is alive
-    dequantized = layer.dequantize(torch.float32)
+    dequantized = layer.weight_in(torch.float32)
     assert num_float_tensors(size) > 0  # the count would have seen one
     assert dequantized.shape == (320, 192)
 
@@ -386,7 +386,7 @@ def test_adapters_get_the_gradients_of_the_dequantized_base(
     ordinary = with_random_adapters(build_training(plain, 16, lora=lora).model)
     layers = dict(quantized_layers(model))
     for path, layer in layers.items():
-        ordinary.get_submodule(path).weight.data = layer.dequantize(torch.float32)
+        ordinary.get_submodule(path).weight.data = layer.weight_in(torch.float32)
 
     with recorded_saved_tensors() as saved:
         loss = loss_of(model)
@@ -414,7 +414,7 @@ def test_recomputing_the_blocks_changes_nothing(plain, bits, double_quant):
         loaded = build_training(plain, bits, double_quant, lora=LoraConfig(rank=4))
         model = with_random_adapters(loaded.model)
         if checkpointing:
-            enable_gradient_checkpointing(model)
+            recompute_blocks(model, len(model.model.layers))
         loss_of(model).backward()
         gradients.append(trained_gradients(model))
     kept, recomputed = gradients

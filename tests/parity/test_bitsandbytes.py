@@ -279,7 +279,7 @@ def test_bfloat16_is_as_exact_as_transformers(checkpoint, family, sizes, bits, d
     theirs = reference_logits(reference(directory, bits, double_quant, BFLOAT16)).float()
     exact_model = our_model(directory, 16, dtype="float32")
     for path, layer in quantized_layers(model):
-        exact_model.get_submodule(path).weight.data = layer.dequantize(FLOAT32)
+        exact_model.get_submodule(path).weight.data = layer.weight_in(FLOAT32)
     exact, ours = logits(exact_model), logits(model)
     assert ours.dtype == BFLOAT16
     our_error, their_error = (ours.float() - exact).norm(), (theirs - exact).norm()

@@ -32,6 +32,7 @@ NOISE = 12 * MB  # the allocator rounds up, and keeps some of what is freed
 # checkpoint, and how it is built
 MODELS = {
     "16 bits": ("plain", ModelOptions()),
+    "cast": ("bfloat16", ModelOptions(dtype="auto", cpu_has_bfloat16=False)),
     "full": ("plain", ModelOptions(method="full")),
     "random": ("plain", ModelOptions(method="full", init="random", seed=3)),
     "nf4": ("plain", ModelOptions(bits=4, double_quant=False)),
@@ -59,14 +60,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(home: Path) -> dict[str, Path]:
     """Save the checkpoints of MODELS.
 
-    plain is a Qwen2 (with biases) with more than one nested block of 256 x 64 weights in a layer.
+    plain is a Qwen2 (with biases) with more than one nested block of 256 x 64 weights in a layer,
+    bfloat16 the same in that dtype.
     odd has rows that are not whole blocks, and numbers of rows that neither 2 nor 3 divides.
     """
     plain, odd = home / "plain", home / "odd"
     tiny("qwen2", hidden_size=128, intermediate_size=192).save_pretrained(plain)
     tiny("qwen2", hidden_size=200, intermediate_size=50).save_pretrained(odd)
+    bfloat16 = home / "bfloat16"
+    rounded = tiny("qwen2", hidden_size=128, intermediate_size=192, torch_dtype="bfloat16")
+    rounded.save_pretrained(bfloat16)
     return {
         "plain": plain,
+        "bfloat16": bfloat16,
         "nf4": store_quantized(plain, home / "nf4", 4, double_quant=False),
         "nf4 double": store_quantized(plain, home / "nf4 double", 4),
         "int8": store_quantized(plain, home / "int8", 8),
@@ -179,6 +185,9 @@ def test_gathered_rows_are_the_model_to_the_bit(name, num_ranks, results_of, hel
         assert_identical(mine.buffers, expected.buffers)
         torch.testing.assert_close(mine.logits, expected.logits, rtol=1e-5, atol=1e-5)
         assert mine.trainable == expected.trainable
+    if name == "cast":
+        assert expected.full["lm_head.weight"].dtype == torch.bfloat16
+        assert expected.full["model.norm.weight"].dtype == expected.logits.dtype == torch.float32
     if "nf4" in name:
         projections = [n for n in expected.full if n.endswith("proj.base_layer.weight")]
         assert {expected.full[n].dtype for n in projections} == {torch.uint8}
