@@ -21,7 +21,7 @@ class ModelConfig:
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype. auto: the checkpoint's own (bfloat16 in place of float16 where the device has
-    it)."""
+    it; float32 over 16-bit weights on a CPU without fast bfloat16)."""
     bits: Literal[16, 8, 4] = 16
     """Width of the frozen base weights: 16 (as saved), 8 (LLM.int8) or 4 (NF4)."""
     double_quant: bool = True
@@ -198,8 +198,20 @@ class TrainConfig:
     """The 8-bit and paged forms come from bitsandbytes."""
     group_by_length: bool = True
     """Put documents of similar length into one step: memory and step time vary less."""
-    gradient_checkpointing: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: bool | int | Literal["auto"] = True
+    """Recompute blocks in the backward pass instead of keeping their activations: all of them
+    (True), none, the first N, or auto: as few as memory allows, which is decided after the first
+    step."""
+    compile: bool = False
+    """Compile each block with torch.compile: faster steps, after a minute or so of compiling.
+    lora.dropout draws other numbers then."""
+    activation_offload: bool = False
+    """Keep the inputs of recomputed blocks in host memory: for documents so long that a GPU cannot
+    hold them."""
+    mlp_tile_tokens: int | None = None
+    """Compute the feed-forward layers for this many tokens at a time, and recompute each part in
+    the backward pass: for long documents (default: all tokens at once). Dropout draws other
+    numbers."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the trained weights, e.g. 0.999; the average is
     evaluated and saved. In the first steps the decay is (1 + step) / (10 + step) where that is
@@ -235,6 +247,9 @@ class EvalConfig:
     """Evaluate before the first step too."""
     batch_size: int = 32
     """Documents per device in an evaluation batch."""
+    max_batch_tokens: int = 16384
+    """Tokens of an evaluation batch, if that is fewer documents; a longer document is a batch of
+    its own."""
     num_generate_samples: int = 5
     """Answers generated at each evaluation, written to samples.jsonl with prompt and target."""
     temperature: float = 0.1
@@ -316,6 +331,9 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
     preview: int = 0
     """Show the first N tokenized examples with their masks, write preview.jsonl, and stop."""
+    plan: bool = False
+    """Show what the run needs, and stop: memory by part, time on some GPUs, and what fits where.
+    Neither weights nor a GPU are needed."""
 
 
 def config_fields(config: object) -> list[tuple[str, object]]:

@@ -13,7 +13,9 @@ AT_LEAST_ONE = (
     "train.logging_steps",
     "train.save_total_limit",
     "train.early_stopping_patience",
+    "train.mlp_tile_tokens",
     "eval.batch_size",
+    "eval.max_batch_tokens",
     "eval.max_new_tokens",
     "data.train_size",
     "data.eval_size",
@@ -45,7 +47,8 @@ def validate(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     """Check the files and their weights, the format, and the added tokens."""
-    _check_files(config.data)
+    if config.data.train_file or not config.plan:  # a plan can do without
+        _check_files(config.data)
     _check_format(config.data)
     _check_added_tokens(config)
 
@@ -213,6 +216,17 @@ def _check_training(config: Config) -> None:
     require(
         train.max_grad_norm >= 0,
         "train.max_grad_norm must not be negative (0 turns clipping off)",
+    )
+    blocks = train.gradient_checkpointing
+    require(
+        blocks == "auto" or blocks >= 0,
+        "train.gradient_checkpointing must be True, False, 'auto' or a number of blocks",
+    )
+    recomputes = blocks is not False and blocks != 0
+    require(
+        recomputes or not train.activation_offload,
+        "train.activation_offload keeps the inputs of recomputed blocks: it needs "
+        "train.gradient_checkpointing",
     )
     require(
         train.ema_decay is None or 0 <= train.ema_decay < 1, "train.ema_decay must be in [0, 1)"

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.errors import UserError
+from minilora.distributed import to_device
+from minilora.model.compiled_attention import compiled_attention
 
 
 class AttentionContext(Protocol):
@@ -45,8 +46,11 @@ class AttentionContext(Protocol):
 class PackedAttention:
     """Causal attention within each of several documents that are laid end to end.
 
-    On CUDA in half precision all documents are one call of a variable-length kernel. Elsewhere
+    On recent GPUs all documents are one call of a variable-length kernel, in 16 bits. Elsewhere
     each document is a call of scaled_dot_product_attention.
+
+    A compiled block (block_execution.py) would be compiled anew for every value that it meets in an
+    attribute. So what it reads is the same for all batches, or a tensor.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
@@ -57,29 +61,70 @@ class PackedAttention:
             device: where the model computes.
         """
         self.lengths = list(lengths)
-        self.longest = max(self.lengths)
-        self.on_cuda = device.type == "cuda"
+        self.has_kernel = has_variable_length_kernel(device)
+        self.kernel_takes_groups = self.has_kernel and _varlen_attn_takes_groups()
+        self.longest = _round_up(max(lengths))
 
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)  # of each document, and the end
-        start_of_token = starts[:-1].repeat_interleave(torch.tensor(self.lengths))  # [T]
-        positions = torch.arange(int(starts[-1])) - start_of_token
+        starts = torch.tensor([0, *lengths]).cumsum(0)  # of each document, and the end
+        start_of_token = starts[:-1].repeat_interleave(starts.diff())  # [T]
+        positions = torch.arange(len(start_of_token)) - start_of_token
 
         # made on the host and copied without waiting for the device
-        self.positions = positions.to(device, non_blocking=True)
+        self.positions = to_device(positions, device)
         # cumulative sequence lengths, as variable-length kernels take them: int32 [documents + 1]
-        self.cu_seqlens = starts.to(device, torch.int32, non_blocking=True)
+        self.cu_seqlens = to_device(starts.to(torch.int32), device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        has_kernel = self.on_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        if has_kernel:
-            return _variable_length_attention(q, k, v, self.cu_seqlens, self.longest, window)
+        if self._uses_kernel(q):
+            return _variable_length_attention(
+                q, k, v, self.cu_seqlens, self.longest, window, self.kernel_takes_groups
+            )
+        if torch.compiler.is_compiling():  # on a CPU, see `can_be_compiled`
+            return compiled_attention(q, k, v, self.cu_seqlens, window)
+        return _attention_by_document(q, k, v, self.lengths, window)
 
-        documents = zip(
-            q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True
-        )
-        return torch.cat(
-            [document_attention(q_doc, k_doc, v_doc, window) for q_doc, k_doc, v_doc in documents]
-        )
+    def can_be_compiled(self, x: Tensor) -> bool:
+        """Return whether a compiled block can call this: not on a GPU without the kernel."""
+        return x.device.type == "cpu" or self._uses_kernel(x)
+
+    def _uses_kernel(self, x: Tensor) -> bool:
+        """Return whether all documents are one call of the kernel."""
+        return self.has_kernel and x.dtype in (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def has_variable_length_kernel(device: torch.device) -> bool:
+    """Return whether torch's variable-length attention runs on a device: GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _round_up(longest: int) -> int:
+    """Return a bound on the length of documents that is the same for most batches.
+
+    It may be too large: the kernel stops at each document's end.
+    """
+    return max(2048, 1 << (longest - 1).bit_length())
+
+
+def _attention_by_document(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None
+) -> Tensor:
+    """Apply causal attention within every document, one after the other.
+
+    Args:
+        q: queries [T, H, E].
+        k: keys [T, K, E].
+        v: values [T, K, E].
+        lengths: tokens of each document.
+        window: as for `AttentionContext`.
+
+    Returns:
+        [T, H, E].
+    """
+    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat(
+        [document_attention(q_doc, k_doc, v_doc, window) for q_doc, k_doc, v_doc in documents]
+    )
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -112,7 +157,13 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> T
 
 
 def _variable_length_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    window: int | None,
+    takes_groups: bool,
 ) -> Tensor:
     """Apply causal attention within every document, by torch's variable-length kernel for CUDA.
 
@@ -121,37 +172,31 @@ def _variable_length_attention(
         k: keys [T, K, E].
         v: values [T, K, E].
         cu_seqlens: where documents begin, and the end of the last: int32 [documents + 1].
-        longest: tokens of the longest document.
+        longest: no document is longer.
         window: as for `AttentionContext`.
+        takes_groups: see `_varlen_attn_takes_groups`.
 
     Returns:
         [T, H, E].
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    group_size = q.shape[1] // k.shape[1]
     bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of queries, and the same of keys
-
-    # torch 2.12 has replaced is_causal by window_size: how many tokens a query sees to its left
-    # (-1: all) and to its right
-    if _varlen_attn_has_window():
-        before = -1 if window is None else window - 1
-        out = varlen_attn(q, k, v, *bounds, window_size=(before, 0), enable_gqa=group_size > 1)
-        return cast(Tensor, out)
-
-    if window is not None and longest > window:
-        raise UserError(
-            f"a document of {longest} tokens is longer than the model's sliding window of "
-            f"{window}, which needs torch >= 2.12"
-        )
-    k = k.repeat_interleave(group_size, dim=1)  # [T, K, E] -> [T, H, E]
-    v = v.repeat_interleave(group_size, dim=1)  # [T, K, E] -> [T, H, E]
-    return cast(Tensor, varlen_attn(q, k, v, *bounds, is_causal=True))  # type: ignore[call-arg]
+    # how many tokens a query sees to its left (-1: all) and to its right
+    visible = (-1 if window is None else window - 1, 0)
+    group_size = q.shape[1] // k.shape[1]
+    if takes_groups:
+        out = varlen_attn(q, k, v, *bounds, window_size=visible, enable_gqa=group_size > 1)
+    else:
+        k = k.repeat_interleave(group_size, dim=1)  # [T, K, E] -> [T, H, E]
+        v = v.repeat_interleave(group_size, dim=1)  # [T, K, E] -> [T, H, E]
+        out = varlen_attn(q, k, v, *bounds, window_size=visible)
+    return cast(Tensor, out)
 
 
 @functools.cache
-def _varlen_attn_has_window() -> bool:
-    """Return whether `varlen_attn` takes `window_size`, as it does from torch 2.12 on."""
+def _varlen_attn_takes_groups() -> bool:
+    """Return whether `varlen_attn` takes `enable_gqa`, as it does from torch 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return "window_size" in inspect.signature(varlen_attn).parameters
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -107,13 +107,33 @@ def _yarn_attention_factor(rope: dict, factor: float) -> float:
     return weighted(1)
 
 
+_KNOWN_FREQUENCIES: dict[tuple, tuple[Tensor, float]] = {}
+"""What `_frequencies_on` has returned, by its arguments."""
+
+
+def _frequencies_on(device: torch.device, rope: dict, head_dim: int) -> tuple[Tensor, float]:
+    """Return `rope_frequencies` with the tensor on a device, where it is kept.
+
+    To copy it in every forward pass would let the host wait for a GPU.
+    """
+    key = (device, head_dim, repr(sorted(rope.items())))
+    if key in _KNOWN_FREQUENCIES:
+        return _KNOWN_FREQUENCIES[key]
+    inv_freq, scaling = rope_frequencies(rope, head_dim)
+    inv_freq = inv_freq.to(device)
+    if type(inv_freq) is Tensor:  # not a fake tensor, which has no values
+        _KNOWN_FREQUENCIES[key] = (inv_freq, scaling)
+    return inv_freq, scaling
+
+
 def rotary_cos_sin(
     positions: Tensor, rope: dict, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines that `rotate` takes.
 
     They are computed anew in each forward pass, once for all layers. So the model has no buffers
-    for them, which would have to be put on a device and kept in fp32.
+    for them, which would have to be put on a device and kept in fp32. Only the frequencies are kept
+    between passes.
 
     Args:
         positions: of each token in its document, int64 [T].
@@ -124,8 +144,8 @@ def rotary_cos_sin(
     Returns:
         cos and sin, each [T, 1, E].
     """
-    inv_freq, scaling = rope_frequencies(rope, head_dim)
-    angles = torch.outer(positions.float(), inv_freq.to(positions.device))  # [T, E/2]
+    inv_freq, scaling = _frequencies_on(positions.device, rope, head_dim)
+    angles = torch.outer(positions.float(), inv_freq)  # [T, E/2]
     angles = angles.repeat(1, 2).unsqueeze(1)  # [T, E/2] -> [T, E] -> [T, 1, E]
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 

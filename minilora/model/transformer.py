@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.model.attention import AttentionContext, PackedAttention
+from minilora.model.frozen_linear import cast_linear
 from minilora.model.hf_config import DecoderConfig
 from minilora.model.loss import cross_entropy_sum
+from minilora.model.rms_norm import rms_norm
 from minilora.model.rope import rotary_cos_sin, rotate
 from minilora.model.small_batch import small_batch_linear
 
@@ -43,7 +45,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)  # full fine-tuning has fp32 weights
-        return F.rms_norm(x, self.weight.shape, weight, self.eps)
+        if weight.dtype != self.weight.dtype and torch.is_autocast_enabled(x.device.type):
+            # on a GPU autocast would return float32, and all that follows would be float32 too
+            with torch.autocast(x.device.type, enabled=False):
+                return rms_norm(x, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -154,6 +160,8 @@ def project(
     """
     if labels is not None:
         return cross_entropy_sum(hidden, weight, labels)
+    if weight.itemsize < hidden.itemsize and not torch.is_grad_enabled():  # see precision.py
+        return cast_linear(hidden if logits_at is None else hidden[logits_at], weight)
     matrix = weight.to(hidden.dtype)  # a head that is trained has an fp32 weight
     if logits_at is not None:
         return small_batch_linear(hidden[logits_at], matrix)  # [N, V]

@@ -2,15 +2,16 @@
 
 import itertools
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from minilora.errors import UserError
 from minilora.model import attention
 from minilora.model.attention import PackedAttention, document_attention
+from minilora.model.compiled_attention import compiled_attention
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 1, 9, 5]
@@ -61,58 +62,143 @@ def test_packed_attention_is_that_of_each_document(window: int | None):
     assert torch.equal(out, torch.cat(expected))
 
 
-def fake_varlen_module(has_window: bool) -> ModuleType:
-    """Make a torch.nn.attention.varlen of torch 2.12 (has_window) or before, which needs no GPU."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
-        lengths = cu_seqlens.diff().tolist()
-        documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return torch.cat([document_attention(*document, window) for document in documents])
-
-    def with_window(q, k, v, *bounds, window_size, enable_gqa):
-        cu_q, cu_k, max_q, max_k = bounds
-        assert cu_q is cu_k and max_q == max_k == max(LENGTHS)
-        assert enable_gqa == (q.shape[1] != k.shape[1])
-        before, after = window_size
-        assert after == 0
-        return attend(q, k, v, cu_q, None if before == -1 else before + 1)
-
-    def without_window(q, k, v, *bounds, is_causal):
-        cu_q, cu_k, max_q, max_k = bounds
-        assert cu_q is cu_k and max_q == max_k == max(LENGTHS)
-        assert is_causal and q.shape == k.shape  # it has no grouped queries either
-        return attend(q, k, v, cu_q, None)
-
-    module = ModuleType("varlen")
-    module.varlen_attn = with_window if has_window else without_window  # type: ignore[attr-defined]
-    return module
+# ---- the variable-length kernel: the signatures of torch's versions, over attention on the CPU
 
 
-@pytest.fixture(params=[True, False], ids=["torch 2.12", "torch 2.11"])
-def has_window(request, monkeypatch: pytest.MonkeyPatch):
-    """Put the fake kernel in place of torch's, in both of its versions."""
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen_module(request.param))
-    attention._varlen_attn_has_window.cache_clear()
-    yield request.param
-    attention._varlen_attn_has_window.cache_clear()
+def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window_size: tuple) -> Tensor:
+    """Do what the kernel does, after checks of what all versions want."""
+    assert q.dtype == torch.bfloat16 and cu_seqlens.dtype == torch.int32
+    before, after = window_size
+    assert after == 0
+    lengths = cu_seqlens.diff().tolist()
+    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    window = None if before == -1 else before + 1
+    return torch.cat([document_attention(*document, window) for document in documents])
+
+
+def varlen_attn_of_2_11(  # noqa: PLR0913
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1),
+):  # fmt: skip
+    assert query.shape == key.shape  # it has no grouped queries
+    assert cu_seq_q is cu_seq_k and max_q == max_k >= max(LENGTHS)
+    return _attend(query, key, value, cu_seq_q, window_size)
+
+
+def varlen_attn_of_2_12(  # noqa: PLR0913
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False,
+):  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q is cu_seq_k and max_q == max_k >= max(LENGTHS)
+    return _attend(query, key, value, cu_seq_q, window_size)
+
+
+def varlen_attn_of_2_13(  # noqa: PLR0913
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q is cu_seq_k and max_q == max_k >= max(LENGTHS)
+    return _attend(query, key, value, cu_seq_q, window_size)
+
+
+@pytest.fixture
+def fresh_signature():
+    attention._varlen_attn_takes_groups.cache_clear()
+    yield
+    attention._varlen_attn_takes_groups.cache_clear()
+
+
+def packed_on_gpu(monkeypatch: pytest.MonkeyPatch) -> PackedAttention:
+    """Make the attention of a batch that believes to have the kernel."""
+    monkeypatch.setattr(attention, "has_variable_length_kernel", lambda device: True)
+    return PackedAttention(LENGTHS, CPU)
 
 
 @pytest.mark.parametrize("window", [None, 4, 9])
-def test_the_kernel_is_called_with_the_same_meaning(has_window: bool, window: int | None):
+@pytest.mark.parametrize("kernel", [varlen_attn_of_2_11, varlen_attn_of_2_12, varlen_attn_of_2_13])
+def test_the_kernel_is_called_with_the_same_meaning(
+    monkeypatch, fresh_signature, kernel: Callable, window: int | None
+):
     q, k, v = random_qkv(sum(LENGTHS), torch.bfloat16)
-    packed = PackedAttention(LENGTHS, CPU)
-    expected = packed(0, q, k, v, window)
-    packed.on_cuda = True
-    if window == 4 and not has_window:
-        with pytest.raises(UserError, match=r"9 tokens .*sliding window of 4.*torch >= 2\.12"):
-            packed(0, q, k, v, window)
-    else:
-        torch.testing.assert_close(packed(0, q, k, v, window), expected)
+    expected = PackedAttention(LENGTHS, CPU)(0, q, k, v, window)
+    module = ModuleType("varlen")
+    module.varlen_attn = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    out = packed_on_gpu(monkeypatch)(0, q, k, v, window)
+    torch.testing.assert_close(out, expected)
 
 
-def test_the_kernel_is_for_16_bits_only(has_window: bool):
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_installed_kernel_takes_the_arguments(monkeypatch, fresh_signature, window):
+    """torch's own function, up to the operator that needs a GPU: meta tensors stop there."""
+    q, k, v = (t.to("meta") for t in random_qkv(sum(LENGTHS), torch.bfloat16))
+    packed = packed_on_gpu(monkeypatch)
+    packed.cu_seqlens = packed.cu_seqlens.to("meta")
+    out = packed(0, q, k, v, window)
+    assert out.shape == (sum(LENGTHS), HEADS, SIZE) and out.dtype == torch.bfloat16
+
+
+def test_the_kernel_is_for_16_bits_only(monkeypatch):
     q, k, v = random_qkv(sum(LENGTHS))
-    packed = PackedAttention(LENGTHS, CPU)
-    packed.on_cuda = True
+    packed = packed_on_gpu(monkeypatch)
     packed.cu_seqlens = None  # type: ignore[assignment]  # the kernel could not do without it
     assert packed(0, q, k, v, None).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "has_kernel"),
+    [
+        ("cpu", None, False),
+        ("cuda", (7, 0), False),  # V100
+        ("cuda", (7, 5), False),  # T4
+        ("cuda", (8, 0), True),  # A100
+        ("cuda", (9, 0), True),  # H100
+    ],
+)
+def test_the_kernel_is_for_gpus_from_ampere_on(monkeypatch, device, capability, has_kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    attention.has_variable_length_kernel.cache_clear()
+    assert attention.has_variable_length_kernel(torch.device(device)) is has_kernel
+    attention.has_variable_length_kernel.cache_clear()
+
+
+def test_the_bound_on_lengths_is_the_same_for_most_batches():
+    """A block that is compiled for one bound is compiled anew for another one."""
+    bounds = {n: PackedAttention([n, 1], CPU).longest for n in (1, 500, 2048, 2049, 5000, 8192)}
+    assert bounds == {1: 2048, 500: 2048, 2048: 2048, 2049: 4096, 5000: 8192, 8192: 8192}
+
+
+# ---- the operator that compiled blocks call on a CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_compiled_attention_is_that_of_each_document(dtype: torch.dtype, window: int | None):
+    packed = PackedAttention(LENGTHS, CPU)
+    results = []
+    for attend in (
+        lambda q, k, v: packed(0, q, k, v, window),
+        lambda q, k, v: compiled_attention(q, k, v, packed.cu_seqlens, window),
+    ):
+        inputs = [t.requires_grad_() for t in random_qkv(sum(LENGTHS), dtype)]
+        out = attend(*inputs)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    (out, grad_q, *_), (expected, expected_grad_q, *_) = results
+    assert torch.equal(out, expected) and torch.equal(grad_q, expected_grad_q)
+    rtol, atol = (0, 1e-6) if dtype == torch.float32 else (1e-2, 1e-2)
+    for actual, wanted in zip(*results, strict=True):  # sums over a group's heads round otherwise
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol)
+
+
+def test_compiled_attention_tells_the_compiler_its_shapes():
+    q, k, v = (t.requires_grad_() for t in random_qkv(sum(LENGTHS)))
+    cu_seqlens = PackedAttention(LENGTHS, CPU).cu_seqlens
+    k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
+    torch.library.opcheck(
+        torch.ops.minilora.attention.default,
+        (q, k, v, cu_seqlens, 4),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )

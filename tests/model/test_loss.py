@@ -73,7 +73,7 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture
 def chunk_rows(monkeypatch: pytest.MonkeyPatch):
     """Return a function that sets the number of rows whose logits are computed at a time."""
-    return lambda rows: monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", rows * VOCAB)
+    return lambda rows: monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", rows * VOCAB)
 
 
 # 39 rows are supervised; 0: less than one row
@@ -219,3 +219,53 @@ def test_autocast_changes_nothing():
     hidden, weight, labels = example(40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equals_float64(hidden, weight, labels)
+
+
+# ---- blocks, tiles, devices
+
+
+def loss_and_gradients(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    loss = cross_entropy_sum(hidden, weight, labels)
+    trained = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, labels = example(90)
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    results, num_blocks = [], []
+    for rows in (1000, 7, 1):
+        monkeypatch.setitem(loss_module.BLOCK_ELEMENTS, "cpu", rows * VOCAB)
+        with Allocations() as made:
+            results.append(loss_and_gradients(hidden, weight, labels))
+        num_blocks.append(sum(shape == (rows, 1) for shape in made.shapes))
+    for result in results[1:]:
+        for value, reference in zip(result, results[0], strict=True):
+            assert torch.equal(value, reference)
+    assert num_blocks[0] == 0 and num_blocks[1] >= 8  # 8 whole blocks of 7 rows
+
+
+def test_a_weight_of_16_bits_is_cast_in_tiles(monkeypatch: pytest.MonkeyPatch):
+    """As on a CPU that has no bfloat16 and computes in fp32."""
+    hidden, weight, labels = example(90)
+    stored = weight.detach().to(torch.bfloat16)
+    reference = loss_and_gradients(hidden, stored.float(), labels)
+    one_tile = loss_and_gradients(hidden, stored, labels)
+    assert all(map(torch.equal, one_tile, reference))
+
+    tile_rows = VOCAB // 3 + 1
+    monkeypatch.setattr(loss_module, "TILE_ELEMENTS", tile_rows * D)
+    with Allocations() as made:
+        tiled = loss_and_gradients(hidden, stored, labels)
+    assert (VOCAB, D) not in made.shapes and (tile_rows, D) in made.shapes
+    for value, expected_value in zip(tiled, reference, strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_computes_more_rows_at_a_time():
+    rows = {
+        device: loss_module._max_rows(loss_module.CHUNK_ELEMENTS, 128256, torch.device(device))
+        for device in ("cpu", "cuda")
+    }
+    assert rows == {"cpu": 130, "cuda": 1046}

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from minilora.model import rope as rope_module
 from minilora.model.rope import rope_frequencies, rotary_cos_sin, rotate
 
 DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
@@ -62,3 +64,30 @@ def test_products_depend_on_the_distance_only():
 
     assert product(9, 4) == pytest.approx(product(25, 20), abs=1e-5)
     assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-2)
+
+
+def test_frequencies_are_copied_to_a_device_once(monkeypatch: pytest.MonkeyPatch):
+    """The meta device stands for a GPU, where each copy would let the host wait."""
+    monkeypatch.setattr(rope_module, "_KNOWN_FREQUENCIES", {})
+    computed = []
+
+    def counted(rope: dict, head_dim: int):
+        computed.append(rope)
+        return rope_frequencies(rope, head_dim)
+
+    monkeypatch.setattr(rope_module, "rope_frequencies", counted)
+    for positions in (torch.arange(3, device="meta"), torch.arange(5, device="meta")):
+        for rope in (DEFAULT, YARN):
+            cos, sin = rotary_cos_sin(positions, dict(rope), SIZE, torch.bfloat16)
+            assert cos.device.type == sin.device.type == "meta"
+    assert computed == [DEFAULT, YARN]
+    cos, _ = rotary_cos_sin(torch.arange(3), DEFAULT, SIZE, torch.bfloat16)
+    assert cos.device.type == "cpu"  # each device has its own
+
+
+def test_fake_tensors_are_not_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rope_module, "_KNOWN_FREQUENCIES", {})
+    with FakeTensorMode():
+        rotary_cos_sin(torch.arange(3), DEFAULT, SIZE, torch.float32)
+    cos, _ = rotary_cos_sin(torch.arange(3), DEFAULT, SIZE, torch.float32)
+    assert cos[0].tolist() == [[1.0] * SIZE]
