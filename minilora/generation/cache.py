@@ -3,9 +3,10 @@
 Each unfinished answer has a *slot* of the cache. The tokens of a forward pass are one new token for
 each slot in use, then all tokens of new prompts; each new prompt takes a further slot.
 
-Shapes: S slots in use before the pass, B slots in all, C capacity of a slot in tokens, L tokens of
-the longest slot in use after the pass, T tokens of the pass, H query heads, K key/value heads
-(H is a multiple of K), G = H / K query heads that share a key/value head, E head size.
+Shapes: S slots that a pass gives one new token each, B slots in all, C capacity of a slot in
+tokens, L places of each slot that a pass looks at (L <= C), T tokens of the pass, H query heads,
+K key/value heads (H is a multiple of K), G = H / K query heads that share a key/value head, E head
+size.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.distributed import to_device
 from minilora.model.attention import PackedAttention
 from minilora.model.hf_config import DecoderConfig
 
@@ -23,30 +25,71 @@ class KVCache:
 
     Attributes:
         layers: for each layer its keys (index 0) and values (index 1) [2, B, K, C, E].
-        lengths: tokens held by each slot in use. The slots in use come first.
+        lengths: tokens held by each slot in use, known to the host. The slots in use come first.
+        positions: the same on the device, int64 [B]: where the next token of each slot goes. It is
+            behind `lengths` between `extend` and the end of the pass.
     """
 
     def __init__(
-        self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        places_unit: int = 1,
     ):
-        """Make an empty cache: C = 0 until the first pass reserves room."""
+        """Make an empty cache: C = 0 until the first pass reserves room.
+
+        Args:
+            config: of the model.
+            num_slots: B.
+            dtype: of keys and values.
+            device: where the model computes.
+            places_unit: C and L are multiples of it.
+        """
         shape = (2, num_slots, config.num_key_value_heads, 0, config.head_dim)
         self.layers = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
         self.lengths: list[int] = []
+        self.positions = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.slots = torch.arange(num_slots, device=device)  # 0 to B - 1
+        self.places_unit = places_unit
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of tokens for which each slot has room."""
+        return self.layers[0].shape[3]
+
+    def round_up(self, length: int) -> int:
+        """Return how many places a pass looks at if its longest slot holds `length` tokens."""
+        return -(-length // self.places_unit) * self.places_unit
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in every slot, and half as many again.
 
         The extra room makes growing rare: each time, all keys and values are copied.
         """
-        capacity = self.layers[0].shape[3]
-        if length <= capacity:
+        if length <= self.capacity:
             return
-        more = length + length // 2 - capacity
+        more = self.round_up(length + length // 2) - self.capacity
         for i, layer in enumerate(self.layers):
             self.layers[i] = F.pad(layer, (0, 0, 0, more))  # C grows at its end
+
+    def extend(self, prompt_lengths: Sequence[int] = ()) -> None:
+        """Count the tokens of the next pass, and reserve the slots and the room that they need.
+
+        Args:
+            prompt_lengths: tokens of each new prompt; every slot in use gets one token.
+        """
+        self.lengths = [length + 1 for length in self.lengths] + list(prompt_lengths)
+        self.reserve(max(self.lengths))
+
+    def upload_positions(self) -> None:
+        """Set `positions` from `lengths`; free slots get 0, which is within any capacity."""
+        num_free = len(self.positions) - len(self.lengths)
+        lengths = torch.tensor(self.lengths + [0] * num_free, dtype=torch.int64)
+        self.positions.copy_(to_device(lengths, self.positions.device))
 
     def free(self, slot: int) -> None:
         """Free a slot: copy the last slot in use into it, so that the slots in use stay first."""
@@ -64,39 +107,51 @@ class CachedAttention:
 
     A new token of a slot in use attends to the tokens in its slot. The tokens of a new prompt
     attend to one another, as in training. The keys and values of all of them enter the cache.
+
+    Without prompts, nothing here comes from the host but the sizes S and L. So a CUDA graph can
+    hold the pass.
     """
 
-    def __init__(self, cache: KVCache, prompt_lengths: Sequence[int], device: torch.device):
-        """Prepare a pass, and reserve the slots and the room that it needs.
+    def __init__(
+        self,
+        cache: KVCache,
+        num_running: int,
+        num_places: int,
+        prompt_lengths: Sequence[int] = (),
+        is_full: bool = False,
+    ):
+        """Prepare a pass.
 
         Args:
-            cache: the cache; its first S slots are in use.
-            prompt_lengths: tokens of each new prompt.
-            device: where the model computes.
+            cache: after `extend`; its `positions` are those before the pass.
+            num_running: S; the first S slots get one token each. Free slots may be among them.
+            num_places: L, at least the tokens of the longest of them after the pass.
+            prompt_lengths: tokens of each new prompt; they take the slots after the first S.
+            is_full: whether each of the S slots holds exactly L tokens after the pass. No mask is
+                then needed.
         """
         self.cache = cache
-        self.num_running = len(cache.lengths)  # S
-        self.longest = max(cache.lengths) + 1 if cache.lengths else 0  # L
-        self.is_ragged = len(set(cache.lengths)) > 1
-        self.prompts = PackedAttention(prompt_lengths, device) if prompt_lengths else None
+        self.num_running = num_running
+        self.num_places = num_places
+        self.is_full = is_full
+        device = cache.positions.device
 
-        # made on the CPU and copied to the device without waiting for it
-        next_positions = torch.tensor(cache.lengths, dtype=torch.int64)  # of each new token [S]
-        counts = [1] * self.num_running + list(prompt_lengths)  # new tokens of each slot
-        slots = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        prompt_positions = [torch.arange(length) for length in prompt_lengths]
-        positions = torch.cat([next_positions, *prompt_positions])
-        distances = next_positions[:, None] - torch.arange(self.longest)
-        self.slots = slots.to(device, non_blocking=True)  # of each token [T]
-        self.positions = positions.to(device, non_blocking=True)  # of each token in its slot [T]
+        next_positions = cache.positions[:num_running]
+        self.slots = cache.slots[:num_running]  # of each token [T]
+        self.positions = next_positions  # of each token in its slot [T]
+        self.prompts: PackedAttention | None = None
+        if prompt_lengths:
+            self.prompts = PackedAttention(prompt_lengths, device)
+            last_slot = num_running + len(prompt_lengths)
+            new_slots = torch.arange(num_running, last_slot)
+            slot_of_token = new_slots.repeat_interleave(torch.tensor(prompt_lengths))
+            self.slots = torch.cat((self.slots, to_device(slot_of_token, device)))
+            self.positions = torch.cat((next_positions, self.prompts.positions))
+
         # of each new token to each place in its slot [S, L]; negative: beyond the slot's last token
-        self.distances = distances.to(device, non_blocking=True)
+        self.distances = next_positions[:, None] - torch.arange(num_places, device=device)
         # the mask for each window size, made when first needed
         self.masks: dict[int | None, Tensor | None] = {}
-
-        lengths = cache.lengths + [0] * len(prompt_lengths)
-        cache.lengths = [old + new for old, new in zip(lengths, counts, strict=True)]
-        cache.reserve(max(cache.lengths))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Store keys and values and attend; shapes as in `AttentionContext`.
@@ -132,8 +187,8 @@ class CachedAttention:
         Returns:
             [S, H, E].
         """
-        keys = keys[: self.num_running, :, : self.longest]  # [S, K, L, E]
-        values = values[: self.num_running, :, : self.longest]
+        keys = keys[: self.num_running, :, : self.num_places]  # [S, K, L, E]
+        values = values[: self.num_running, :, : self.num_places]
         # the G heads that share a key/value head take SDPA's axis of query tokens:
         # [S, H, E] -> [S, K, G, E]
         query = q.unflatten(1, (keys.shape[1], -1))
@@ -141,17 +196,23 @@ class CachedAttention:
         return out.flatten(1, 2)  # [S, K, G, E] -> [S, H, E]
 
     def _mask(self, window: int | None) -> Tensor | None:
-        """Return which tokens of its slot a new token sees [S, 1, 1, L], or None if it sees all."""
+        """Return what is added to the scores of a slot's places, or None if nothing is.
+
+        The mask is 0 where the new token sees, else -inf: [S, 1, 1, L], made once for all layers.
+        """
         if window not in self.masks:
             self.masks[window] = self._make_mask(window)
         return self.masks[window]
 
     def _make_mask(self, window: int | None) -> Tensor | None:
         """Compute the mask of `_mask`."""
-        sees_whole_slot = window is None or self.longest <= window
-        if sees_whole_slot and not self.is_ragged:
+        sees_whole_slot = window is None or self.num_places <= window
+        if sees_whole_slot and self.is_full:
             return None
-        is_visible = self.distances >= 0
+        is_hidden = self.distances < 0
         if window is not None:
-            is_visible = is_visible & (self.distances < window)
-        return is_visible[:, None, None]
+            is_hidden = is_hidden | (self.distances >= window)
+        mask = torch.zeros(
+            is_hidden.shape, dtype=self.cache.layers[0].dtype, device=is_hidden.device
+        )
+        return mask.masked_fill_(is_hidden, -torch.inf)[:, None, None]

@@ -4,29 +4,28 @@ Each unfinished answer has a slot of the key/value cache. When an answer ends, i
 next prompt in the same loop. No answer waits for another to end, and each pass reads the weights
 once for all answers. `stream` is the loop; `generate` goes from text to text.
 
-Shapes: S slots in use, T tokens of a pass, V vocabulary.
+The tensors of a pass are in passes.py; here are the prompts and answers.
 """
 
 import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minilora import distributed
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
-from minilora.generation.cache import CachedAttention, KVCache
-from minilora.generation.sampling import SamplingParams, apply_repetition_penalty, sample_tokens
+from minilora.generation.passes import DecodingPasses, cache_dtype, can_use_graphs
+from minilora.generation.sampling import SamplingParams
 from minilora.generation.stopping import FinishReason, StopCriteria
 from minilora.model.attention import PackedAttention
-from minilora.model.small_batch import use_small_batch_matmul
+from minilora.model.small_batch import use_cast_adapters, use_small_batch_matmul
 from minilora.model.transformer import CausalLM
 
 
@@ -78,12 +77,13 @@ def stream(
         raise UserError("batch_size must be at least 1")
     # in collective decoding the parameters may be offloaded: on the CPU between passes
     device = distributed.default_device() if collective else model.head_weight.device
-    batch = _Batch(model, prompts, params, indices or range(len(prompts)), batch_size, device)
+    indices = indices or range(len(prompts))
+    batch = _Batch(model, prompts, params, indices, batch_size, device, collective)
     stop = StopCriteria(tokenizer, params)
     max_time = math.inf if params.max_time is None else params.max_time
     deadline = time.monotonic() + max_time
 
-    with _decoding_mode(model):
+    with _decoding_mode(model, device, collective):
         while True:
             is_working = batch.has_work() and time.monotonic() < deadline
             if _all_are_done(not is_working, collective, device):
@@ -94,13 +94,13 @@ def stream(
                 _run_placeholder(model, device)
                 continue
 
-            logits = batch.forward()
-            tokens = batch.choose_tokens(logits)
-            yield from batch.grow_answers(tokens, stop)
+            for tokens in batch.run_passes():
+                yield from batch.grow_answers(tokens, stop)
+            batch.free_slots()
 
 
 class _Batch:
-    """The prompts, those of them that hold a slot of the cache, and their answers.
+    """What the host knows: prompts, those of them that hold a slot of the cache, and answers.
 
     Attributes:
         waiting: positions of the prompts that have no slot yet, longest first.
@@ -116,6 +116,7 @@ class _Batch:
         indices: Sequence[int],
         batch_size: int,
         device: torch.device,
+        collective: bool,
     ):
         """Queue the prompts; arguments as for `stream`. Raises UserError for an empty prompt."""
         for index, prompt in zip(indices, prompts, strict=True):
@@ -126,7 +127,6 @@ class _Batch:
         self.prompts = prompts
         self.params = params
         self.batch_size = batch_size
-        self.device = device
         self.answers = [Answer() for _ in prompts]
         self.generators = [np.random.default_rng([params.seed, index]) for index in indices]
 
@@ -136,9 +136,9 @@ class _Batch:
         self.num_new = 0
 
         num_slots = min(batch_size, max(1, len(prompts)))
-        self.cache = KVCache(model.config, num_slots, _cache_dtype(model, device), device)
-        # made once, for the passes without new prompts: each slot then has one token
-        self.all_rows = torch.arange(num_slots, device=device)
+        use_graphs = not collective and can_use_graphs(model, device)
+        self.passes = DecodingPasses(model, params, num_slots, device, use_graphs)
+        self.max_passes = passes_per_read(device, collective)
 
     def has_work(self) -> bool:
         """Return whether any answer has not ended."""
@@ -155,84 +155,72 @@ class _Batch:
         for _ in range(self.num_new):
             self.slots.append(self.waiting.popleft())
 
-    def forward(self) -> Tensor:
-        """Run one pass over the last token of each answer and over all tokens of new prompts.
+    def run_passes(self) -> list[list[int]]:
+        """Run a pass, on CUDA several, over the last token of each answer and over new prompts.
+
+        Answers may end before the last of several passes; the tokens after that are superfluous.
 
         Returns:
-            Logits of the next token in each slot [S, V].
+            For each pass the next token in each slot.
         """
         num_running = len(self.slots) - self.num_new
-        tokens = [self.answers[i].ids[-1] for i in self.slots[:num_running]]
-        prompt_lengths = []
-        for i in self.slots[num_running:]:
-            tokens.extend(self.prompts[i])
-            prompt_lengths.append(len(self.prompts[i]))
+        last_tokens = [self.answers[i].ids[-1] for i in self.slots[:num_running]]
+        new_prompts = [self.prompts[i] for i in self.slots[num_running:]]
         self.num_new = 0
 
-        attention = CachedAttention(self.cache, prompt_lengths, self.device)
-        if prompt_lengths:
-            counts = torch.tensor([1] * num_running + prompt_lengths, device=self.device)
-            last_rows = counts.cumsum(0) - 1  # the last token of each slot [S]
-        else:
-            last_rows = self.all_rows[:num_running]
-        return self.model(
-            torch.tensor(tokens, device=self.device), logits_at=last_rows, attention=attention
-        )
-
-    def choose_tokens(self, logits: Tensor) -> list[int]:
-        """Choose the next token in each slot.
-
-        Args:
-            logits: [S, V].
-
-        Returns:
-            S token ids.
-        """
-        if self.params.repetition_penalty != 1.0:
-            seen = [[*self.prompts[i], *self.answers[i].ids] for i in self.slots]
-            logits = logits.float()
-            apply_repetition_penalty(logits, seen, self.params.repetition_penalty)
-        draws = [self.generators[i].random(dtype=np.float32) for i in self.slots]
-        draws_tensor = torch.tensor(draws, device=self.device)  # [S]
-        return sample_tokens(logits, self.params, draws_tensor).tolist()
+        shortest = min(len(self.answers[i].ids) for i in self.slots)
+        num_passes = min(self.max_passes, self.params.max_new_tokens - shortest)
+        draws = []
+        for _ in range(num_passes):
+            draws.append([self.generators[i].random(dtype=np.float32) for i in self.slots])
+        return self.passes.run(last_tokens, new_prompts, draws)
 
     def grow_answers(self, tokens: Sequence[int], stop: StopCriteria) -> list[tuple[int, Answer]]:
-        """Append a token to the answer of each slot, and free the slots of answers that end.
+        """Append the token of each slot to its answer, unless that has ended.
 
         Returns:
-            (position of the prompt, answer) of every slot.
+            (position of the prompt, answer) of every answer that has grown.
         """
         grown = []
         for i, token in zip(self.slots, tokens, strict=True):
             answer, prompt = self.answers[i], self.prompts[i]
+            if answer.finish_reason:
+                continue
             answer.ids.append(token)
             answer.finish_reason = stop.finish_reason(prompt, answer.ids)
             if answer.finish_reason:
                 answer.text = stop.text(prompt, answer.ids)
             grown.append((i, answer))
-
-        for slot in reversed(range(len(self.slots))):
-            if self.answers[self.slots[slot]].finish_reason:
-                self.cache.free(slot)  # moves the last slot into this one, as the next line does
-                self.slots[slot] = self.slots[-1]
-                self.slots.pop()
         return grown
 
+    def free_slots(self) -> None:
+        """Free the slots of answers that have ended."""
+        for slot in reversed(range(len(self.slots))):
+            if self.answers[self.slots[slot]].finish_reason:
+                self.passes.free(slot)  # moves the last slot into this one, as the next line does
+                self.slots[slot] = self.slots[-1]
+                self.slots.pop()
 
-def _cache_dtype(model: CausalLM, device: torch.device) -> torch.dtype:
-    """Return the dtype of keys and values: autocast's, or that of the model's activations."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return model.model.norm.weight.dtype
+
+def passes_per_read(device: torch.device, collective: bool) -> int:
+    """Return after how many passes the host reads the tokens and looks which answers have ended.
+
+    A GPU is idle while the host looks. In collective decoding the processes agree before each pass
+    whether they go on.
+    """
+    return 8 if device.type == "cuda" and not collective else 1
 
 
 @contextmanager
-def _decoding_mode(model: CausalLM) -> Iterator[None]:
-    """Inside a `with` block, put the model into evaluation mode and use small-batch matmuls."""
+def _decoding_mode(model: CausalLM, device: torch.device, collective: bool) -> Iterator[None]:
+    """Inside a `with` block, put the model into evaluation mode and use layers for a few rows."""
     was_training = model.training
     model.eval()
+    adapters: AbstractContextManager[None] = nullcontext()
+    if not collective:  # the rows of sharded adapters are gathered, and cast, in each pass
+        adapters = use_cast_adapters(model, cache_dtype(model, device))
     try:
-        with use_small_batch_matmul(model):
+        with use_small_batch_matmul(model), adapters:
             yield
     finally:
         model.train(was_training)

@@ -7,7 +7,7 @@ Shapes: S answers, V vocabulary, C candidates (the most probable tokens, in desc
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,18 +72,16 @@ class SamplingParams:
         return tuple(self.stop)
 
 
-def apply_repetition_penalty(logits: Tensor, seen: Iterable[Iterable[int]], penalty: float) -> None:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> None:
     """Lower the logits of tokens that occur in prompt or answer, in place (arXiv 1909.05858).
 
     Args:
         logits: [S, V].
-        seen: for each answer the ids of its prompt and of the answer so far.
+        seen: whether a token occurs in the prompt or the answer so far, bool [S, V].
         penalty: positive logits are divided by it, negative ones multiplied.
     """
-    for row, ids in zip(logits, seen, strict=True):
-        indices = torch.tensor(sorted(set(ids)), device=logits.device)
-        values = row[indices]
-        row[indices] = torch.where(values > 0, values / penalty, values * penalty)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    logits.copy_(torch.where(seen, penalized, logits))
 
 
 def sample_tokens(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
@@ -106,7 +104,9 @@ def sample_tokens(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tens
     highest = logits.amax(dim=-1, keepdim=True)  # [S, 1]; keeps exponents finite at any temperature
     probabilities = ((logits.float() - highest) / params.temperature).softmax(dim=-1)  # [S, V]
     vocabulary = probabilities.shape[1]
-    num_candidates = min(params.top_k or MAX_CANDIDATES, vocabulary)
+    # A GPU sorts the vocabulary in less time than the host takes to look whether that is needed.
+    max_candidates = vocabulary if logits.is_cuda else MAX_CANDIDATES
+    num_candidates = min(params.top_k or max_candidates, vocabulary)
     candidates, tokens = probabilities.topk(num_candidates)  # [S, C] each
 
     if params.top_k or num_candidates == vocabulary:

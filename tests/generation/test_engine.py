@@ -15,6 +15,7 @@ import torch
 
 import minilora
 from helpers import tiny_tokenizers
+from helpers.cuda_graphs import emulate_cuda_graphs
 from helpers.decoding import (
     ENDS,
     EVERY_FAMILY,
@@ -30,11 +31,11 @@ from helpers.decoding import (
     tokenizer_named,
 )
 from helpers.sampling import nucleus
-from helpers.tiny_models import VOCAB, ours, tiny
+from helpers.tiny_models import VOCAB, WINDOW, ours, random_tokens, tiny
 from minilora import distributed
 from minilora.config import LoraConfig
 from minilora.errors import UserError
-from minilora.generation import engine
+from minilora.generation import engine, passes
 from minilora.generation.engine import generate_ids, stream
 from minilora.generation.sampling import SamplingParams
 from minilora.model.lora import init_adapters, inject
@@ -210,7 +211,7 @@ def test_however_it_ends_the_model_is_as_before(
             raise ZeroDivisionError(i)
     assert_untouched(model, training)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(engine, "sample_tokens", lambda *_: 1 / 0)
+        patch.setattr(passes, "sample_tokens", lambda *_: 1 / 0)
         decode(model, given)
     assert_untouched(model, training)
     assert decode(model, given) == expected
@@ -251,6 +252,76 @@ def test_placeholder_passes_for_other_processes(settings: dict, monkeypatch: pyt
         monkeypatch.setattr(distributed, "all_agree", all_agree)
         assert decode(model, own, params, collective=True) == alone[: len(own)]
         assert next(others_are_done, None) is None
+
+
+# --- many passes between two looks of the host, and CUDA graphs ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.9, "top_k": 20}, {"repetition_penalty": 1.3}],
+    ids=["greedy", "sampled", "penalized"],
+)
+@pytest.mark.parametrize("family", ["llama3", "mistral_v1"])
+def test_passes_as_cuda_graphs(family: str, settings: dict, monkeypatch: pytest.MonkeyPatch):
+    """Answers end between two looks, slots are padded, and the cache grows beyond its graphs."""
+    model, params = model_of(family), sampling(40, ends=range(3), **settings)
+    given = random_prompts(9, 3 * WINDOW, seed=3)
+    expected = decode(model, given, params, batch_size=6)
+    assert len({len(ids) for ids in expected}) > 3
+
+    graphs = emulate_cuda_graphs(monkeypatch)
+    monkeypatch.setattr(engine, "can_use_graphs", lambda *_: True)
+    monkeypatch.setattr(passes, "GRAPH_PLACES", 16)
+    for passes_per_read in (1, 8):
+        monkeypatch.setattr(engine, "passes_per_read", lambda *_, n=passes_per_read: n)
+        assert decode(model, given, params, batch_size=6) == expected
+    assert graphs.num_replayed > 2 * graphs.num_recorded > 8
+
+
+@pytest.mark.parametrize("seed", [1, 14, 18])
+def test_graphs_are_forgotten_when_new_prompts_let_the_cache_grow(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Short prompts come one after the other; the cache grows in a pass that has one of them."""
+    model, params = model_of("llama3"), sampling(60, ends=range(6))
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 6) for _ in range(14)]
+    given = [random_tokens(n, seed=seed * 50 + i).tolist() for i, n in enumerate(lengths)]
+    expected = decode(model, given, params, batch_size=3)
+
+    emulate_cuda_graphs(monkeypatch)
+    monkeypatch.setattr(engine, "can_use_graphs", lambda *_: True)
+    monkeypatch.setattr(passes, "GRAPH_PLACES", 4)
+    assert decode(model, given, params, batch_size=3) == expected
+
+
+def test_superfluous_tokens_are_dropped(monkeypatch: pytest.MonkeyPatch):
+    """Each answer grows by one token at a time, and by none after its end."""
+    model, params = model_of("llama3"), sampling(13, ends=ENDS)
+    expected = decode(model, prompts(), params)
+    monkeypatch.setattr(engine, "passes_per_read", lambda *_: 8)
+    grown: dict[int, list[int]] = {}
+    for i, answer in stream(model, prompts(), tokenizer(), params, batch_size=3):
+        grown.setdefault(i, []).append(len(answer.ids))
+    for i, ids in enumerate(expected):
+        assert grown[i] == list(range(1, len(ids) + 1))
+    assert decode(model, prompts(), params, batch_size=3) == expected
+
+
+def test_cudnn_attention_is_off_while_decoding(monkeypatch: pytest.MonkeyPatch):
+    """It may plan anew for each length. Between two answers the caller's setting is back."""
+    inside = []
+
+    def note(logits: torch.Tensor, *_: object) -> torch.Tensor:
+        inside.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return logits.argmax(-1)
+
+    monkeypatch.setattr(passes, "sample_tokens", note)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    for _ in stream(model_of("llama3"), prompts()[:3], tokenizer(), sampling(4)):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert inside == [False] * 4
 
 
 # --- text in, text out ---

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from helpers import tiny_tokenizers
 from helpers.tiny_models import VOCAB, WINDOW, ours, tiny
 from minilora.data.tokenizer import Tokenizer
-from minilora.generation import engine
+from minilora.generation import passes
 from minilora.generation.engine import generate_ids
 from minilora.generation.sampling import SamplingParams
 from minilora.model.lora import lora_layers
@@ -130,4 +130,4 @@ def randomize_adapters(model: CausalLM) -> None:
 def script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
     """Make models say these ids, one in each pass, whatever they are asked."""
     said = iter(ids)
-    monkeypatch.setattr(engine, "sample_tokens", lambda *_: torch.tensor([next(said)]))
+    monkeypatch.setattr(passes, "sample_tokens", lambda *_: torch.tensor([next(said)]))

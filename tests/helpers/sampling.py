@@ -24,6 +24,14 @@ def uniform_draws(count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).random(count, dtype=np.float32))
 
 
+def occurrences(seen: list[list[int]], vocabulary: int) -> Tensor:
+    """Return which tokens occur in each list, bool [lists, vocabulary]."""
+    mask = torch.zeros(len(seen), vocabulary, dtype=torch.bool)
+    for row, ids in zip(mask, seen, strict=True):
+        row[ids] = True
+    return mask
+
+
 def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """Return probabilities in float64 of the most probable tokens, the others' being zero.
 

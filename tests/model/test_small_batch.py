@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from helpers.tiny_models import random_tokens
-from minilora.model.small_batch import SMALL_BATCH, small_batch_linear, use_small_batch_matmul
+from minilora.config import LoraConfig
+from minilora.model.lora import init_adapters, inject, lora_layers
+from minilora.model.small_batch import (
+    SMALL_BATCH,
+    SMALL_BATCH_FLOAT32,
+    small_batch_linear,
+    use_cast_adapters,
+    use_small_batch_matmul,
+)
 from minilora.model.transformer import CausalLM
 
 HALF_UNIT = 2**-8 * 1.02  # relative error of one rounding to bfloat16, which has 8 bits
@@ -57,6 +66,45 @@ def test_the_switch_is_undone(llama: CausalLM):
         raise RuntimeError
     assert "forward" not in vars(layer)
     assert torch.equal(llama(tokens), plain)
+
+
+@pytest.mark.parametrize("rows", [7, 8, 32, 33])
+@torch.no_grad()
+def test_some_float32_rows_are_transposed(rows: int):
+    """Equal to float32 rounding; the transposed product shows in the strides."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 32, generator=generator), torch.randn(48, 32, generator=generator)
+    out = small_batch_linear(x, weight)
+    torch.testing.assert_close(out, F.linear(x, weight))
+    assert out.is_contiguous() == (rows not in SMALL_BATCH_FLOAT32)
+
+
+@torch.no_grad()
+def test_adapters_are_cast_once(llama: CausalLM):
+    """Not in each pass, and the answers are to the bit those of casting in each pass."""
+    inject(llama.to(torch.bfloat16), LoraConfig(rank=4, alpha=4))
+    init_adapters(llama, seed=0)
+    for _, layer in lora_layers(llama):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    llama.eval()
+    tokens, layer = random_tokens(3), llama.model.layers[0].mlp.up_proj
+    expected = llama(tokens)
+
+    def casts() -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            assert torch.equal(llama(tokens), expected)
+        return sum(event.name == "aten::_to_copy" for event in profiler.events())
+
+    before = casts()
+    with use_cast_adapters(llama, torch.bfloat16):
+        inside = casts()
+        with use_cast_adapters(llama, torch.bfloat16):  # another decoding of the same model
+            assert casts() == inside
+        assert "forward" in vars(layer)
+    assert casts() == before
+    assert before - inside == 2 * len(list(lora_layers(llama)))
+    with use_cast_adapters(llama, torch.float32):
+        assert "forward" not in vars(layer)  # there is nothing to cast
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -37,7 +37,7 @@ from helpers.decoding import (
     tokenizer_named,
     transformers_ids,
 )
-from helpers.sampling import FILTERS
+from helpers.sampling import FILTERS, occurrences
 from helpers.tiny_models import WINDOW, in_bfloat16, ours, tiny
 from minilora.config import LoraConfig
 from minilora.generation.sampling import (
@@ -345,7 +345,7 @@ def test_draws(vocabulary: int, spread: float, settings: tuple):
     if spread < 1 and vocabulary > MAX_CANDIDATES and not top_k and top_p > 0.1:
         assert (expected > 0).sum() > MAX_CANDIDATES, "the whole vocabulary must be looked at"
     if penalty != 1.0:
-        apply_repetition_penalty(logits, seen, penalty)
+        apply_repetition_penalty(logits, occurrences(seen, vocabulary), penalty)
     assert_drawn(logits[0], expected, params)
 
 
@@ -358,5 +358,5 @@ def test_penalized_logits(penalty: float, dtype: torch.dtype):
     logits[:, ::7] = 0
     ids = torch.randint(30, (5, 40), generator=generator)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-    apply_repetition_penalty(logits, ids.tolist(), penalty)
+    apply_repetition_penalty(logits, occurrences(ids.tolist(), 60), penalty)
     assert torch.equal(logits, expected)
