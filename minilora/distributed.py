@@ -13,12 +13,17 @@ the methods of `Layout` and is the same for both.
 import abc
 import datetime
 import os
+import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as torch_distributed
 import tqdm
 from torch import Tensor, nn
+
+from minilora.errors import UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others in a collective operation before it fails."""
@@ -48,8 +53,15 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes from torchrun's environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes from torchrun's environment.
+
+    Raises:
+        UserError: it is not a number there.
+    """
+    number = os.environ.get("WORLD_SIZE", "1")
+    if not number.isdecimal() or int(number) == 0:
+        raise UserError(f"WORLD_SIZE={number!r} in the environment is not a number of processes")
+    return int(number)
 
 
 def default_device() -> torch.device:
@@ -59,6 +71,54 @@ def default_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def use_expandable_segments() -> None:
+    """Let CUDA's allocator grow its segments, which wastes less memory where lengths vary.
+
+    Without it, memory that was freed in pieces of one size cannot serve a tensor of another. torch
+    reads the variable when CUDA is first used. What the user has set there stays as it is.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, from the CPU without waiting for the copy.
+
+    Only memory that is pinned, which the system cannot move, is copied to a GPU while the CPU goes
+    on; torch keeps it until the copy is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that this process can still use on a device.
+
+    On a GPU that includes what torch keeps in its cache; on a CPU it is this process's share of
+    what the system says is available, or, where it does not say (macOS), of all memory.
+    """
+    if device.type == "cuda":
+        unused, _total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return unused + cached
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.is_file() else ""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.M)
+    available = int(found[1]) * 1024 if found else machine_bytes()
+    return available // processes_of_machine()
+
+
+def machine_bytes() -> int:
+    """Return how much memory this machine has, beside that of its GPUs."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processes_of_machine() -> int:
+    """Return how many of the run's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -153,6 +213,14 @@ class Layout(abc.ABC):
         """Free the rows of other processes that forward passes without a backward pass gathered."""
 
     @abc.abstractmethod
+    def keep_gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Gather rows of other processes once for many forward passes without a backward pass.
+
+        Inside the `with` block what a forward pass gathers stays for the next one, if there is
+        memory for it; at the end it is freed. All processes call this together.
+        """
+
+    @abc.abstractmethod
     def sum_gradients(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         """Leave in `parameters` the gradients of one optimizer step, summed over all processes.
 
@@ -197,6 +265,10 @@ class Replicated(Layout):
 
     def reshard(self, model: nn.Module) -> None:
         """Do nothing: no process gathers rows of another one."""
+
+    def keep_gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Do nothing: no process gathers rows of another one."""
+        return nullcontext()
 
     def sum_gradients(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         """Sum the gradients over all processes, all of them in one all-reduce."""

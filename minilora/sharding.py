@@ -10,7 +10,8 @@ from this module: its layout is `distributed.Replicated`.
 """
 
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed.fsdp as fsdp
@@ -34,6 +35,9 @@ BYTES_PER_TRAINED_PARAMETER = {
 and the optimizer's two states, unless these are paged to the host."""
 WEIGHTS_SHARE = 0.7
 """Share of a device's memory that weights and states may take; the rest is for activations."""
+GATHERED_SHARE = 0.5
+"""Share of the free memory that a whole gathered model may take while it generates; the rest is for
+keys, values and logits."""
 
 
 class Sharded(Layout):
@@ -43,13 +47,17 @@ class Sharded(Layout):
     torch.chunk makes them: the last processes may have fewer rows, or none.
     """
 
-    def __init__(self, mesh: DeviceMesh):
+    def __init__(self, mesh: DeviceMesh, host_mesh: DeviceMesh | None = None):
         """Describe a model that `shard_model` has sharded.
 
         Args:
-            mesh: processes with one axis (shards) or two (replicas, shards).
+            mesh: processes with one axis (shards) or two (replicas, shards), and the type of device
+                on which they compute.
+            host_mesh: the same processes and axes for tensors on the CPU. It is needed if the
+                parameters are there (parallel.cpu_offload), but `mesh` is of GPUs.
         """
         self.mesh = mesh
+        self.host_mesh = host_mesh
         self.placements: tuple[Placement, ...] = (Shard(0),)
         if mesh.ndim == 2:
             self.placements = (Replicate(), Shard(0))
@@ -77,15 +85,22 @@ class Sharded(Layout):
         return p.to_local()
 
     def to_dtensor(self, rows: Tensor, like: Tensor) -> DTensor:
-        """Return a DTensor over the rows, with as many rows in all as `like` has."""
+        """Return a DTensor over the rows, with as many rows in all as `like` has.
+
+        DTensor would copy rows that are not on the mesh's type of device.
+        """
+        mesh = self.mesh
+        if self.host_mesh is not None and rows.device.type == "cpu":
+            mesh = self.host_mesh
         shape = torch.Size((like.shape[0], *rows.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()  # of a contiguous tensor
         return DTensor.from_local(
-            rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride
+            rows, mesh, self.placements, run_check=False, shape=shape, stride=stride
         )
 
     def full_tensor(self, rows: Tensor, like: Tensor) -> Tensor:
-        """All-gather the rows."""
+        """All-gather the rows, on the device that computes: gathering on the CPU is slow."""
+        rows = rows.to(self.mesh.device_type)
         return self.to_dtensor(rows, like).full_tensor()
 
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
@@ -98,6 +113,29 @@ class Sharded(Layout):
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
+
+    @contextmanager
+    def keep_gathered(self, model: nn.Module) -> Iterator[None]:
+        """Let blocks and embedding stay gathered, if that takes GATHERED_SHARE of what is free."""
+        assert isinstance(model, CausalLM)
+        device = distributed.default_device()
+        gathered_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+        fits = gathered_bytes <= GATHERED_SHARE * distributed.free_bytes(device)
+        if not distributed.all_agree(fits, device):  # gathering is done by all or by none
+            yield
+            return
+
+        # these free their rows after each forward pass; `shard_model` lets head and root keep them
+        modules = [*model.model.layers, model.model.embed_tokens]
+        resharding = [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+        for module in resharding:
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in resharding:
+                module.set_reshard_after_forward(True, recurse=False)
+            self.reshard(model)
 
     def sum_gradients(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         """Move the gradients to `parameters`; the last backward pass has summed them already."""
@@ -173,8 +211,7 @@ def device_bytes(device: torch.device) -> int:
     """Return the memory of this process's device; on a CPU its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return distributed.machine_bytes() // distributed.processes_of_machine()
 
 
 def shard_model(
@@ -192,18 +229,15 @@ def shard_model(
             are gathered in this dtype, and gradients are summed in fp32.
         device: this process's device.
     """
-    world_size = distributed.world_size()
-    if strategy == "hsdp":
-        shard_size = config.parallel.shard_size or world_size
-        sizes = (world_size // shard_size, shard_size)
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    offload_to_host = config.parallel.cpu_offload
+    mesh = _make_mesh(device.type, strategy, config)
+    host_mesh = None
+    if offload_to_host and device.type != "cpu":
+        host_mesh = _make_mesh("cpu", strategy, config)
 
     policy = fsdp.MixedPrecisionPolicy()
     if config.method == "full" and compute_dtype != torch.float32:
         policy = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    offload_to_host = config.parallel.cpu_offload
     offload = fsdp.CPUOffloadPolicy() if offload_to_host else fsdp.OffloadPolicy()
 
     def shard_module(module: nn.Module, reshard_after_forward: bool) -> None:
@@ -231,7 +265,17 @@ def shard_model(
     keep_labels_on_host(model)
 
     model.to_empty(device="cpu" if offload_to_host else device)
-    return Sharded(mesh)
+    return Sharded(mesh, host_mesh)
+
+
+def _make_mesh(device_type: str, strategy: str, config: Config) -> DeviceMesh:
+    """Arrange all processes: on one axis (fsdp), or on two, replicas and shards (hsdp)."""
+    world_size = distributed.world_size()
+    if strategy == "hsdp":
+        shard_size = config.parallel.shard_size or world_size
+        sizes = (world_size // shard_size, shard_size)
+        return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
 
 
 class _Hidden:

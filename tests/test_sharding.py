@@ -7,15 +7,18 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+import torch.distributed.fsdp as fsdp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from helpers.tiny_models import config_json, random_tokens
-from minilora import sharding
+from minilora import distributed, sharding
+from minilora.checkpoint.training_state import load_sharded, save_sharded
 from minilora.cli import check_device, validate
 from minilora.config import Config
 from minilora.distributed import REPLICATED
@@ -271,6 +274,95 @@ def test_rows_become_tensors_of_all_processes(sharded):
     assert torch.equal(layout.to_local(tensor), rows)
     assert torch.equal(layout.full_tensor(rows, weight), rows)
     assert layout.sum_over_shards(torch.tensor(3.0)).item() == 3.0
+
+
+def test_states_are_read_where_a_dtensor_copies_its_rows(sharded, tmp_path, monkeypatch):
+    """As on a GPU: DTensor.from_local copies rows that are not on the mesh's device."""
+    model, layout = sharded
+    parameters = dict(model.named_parameters())
+    saved = {
+        f"optimizer.{name}.exp_avg": torch.rand(layout.to_local(p).shape)
+        for name, p in parameters.items()
+    }
+    saved["optimizer.lm_head.weight.step"] = torch.tensor(7.0)
+    saved["optimizer.lm_head.weight.absmax1"] = torch.rand(3)  # a statistic of this process
+    save_sharded(tmp_path, saved, parameters, layout)
+
+    from_local = DTensor.from_local
+    monkeypatch.setattr(
+        sharding.DTensor, "from_local", lambda rows, *args, **kw: from_local(rows + 1, *args, **kw)
+    )
+    loaded = load_sharded(tmp_path, parameters, layout)
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert type(loaded[name]) is Tensor and torch.equal(loaded[name], tensor), name
+
+
+def test_offloaded_rows_stay_on_the_cpu_for_files(sharded):
+    model, layout = sharded
+    gpus = MeshOfRank(0, 1)
+    gpus.device_type = "cuda"
+    offloaded = sharding.Sharded(gpus, host_mesh=layout.mesh)  # type: ignore[arg-type]
+    weight = model.lm_head.weight
+    rows = torch.rand(len(weight), 2)
+    tensor = offloaded.to_dtensor(rows, weight)
+    assert tensor.device_mesh is layout.mesh
+    assert offloaded.to_local(tensor).data_ptr() == rows.data_ptr()
+
+
+def test_cpu_offload_makes_a_mesh_for_files(process_group, meta_model, monkeypatch):
+    """The mesh of GPUs is replaced by one of the CPU, and pages are not pinned: there is no GPU."""
+    unpinned = fsdp.CPUOffloadPolicy(pin_memory=False)
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", lambda: unpinned)
+    real, device_types = sharding.init_device_mesh, []
+
+    def mesh_of_cpus(device_type: str, sizes: tuple[int, ...], **names):
+        device_types.append(device_type)
+        return real("cpu", sizes, **names)
+
+    monkeypatch.setattr(sharding, "init_device_mesh", mesh_of_cpus)
+    config = settings(parallel__cpu_offload=True)
+    layout = sharding.shard_model(
+        meta_model, "fsdp", config, torch.float32, torch.device("cuda", 0)
+    )
+    assert device_types == ["cuda", "cpu"]
+    assert layout.host_mesh is not None
+    assert all(layout.to_local(p).device == CPU for p in meta_model.parameters())
+
+
+def test_free_memory_of_a_cpu_is_shared_by_its_processes(monkeypatch):
+    free = distributed.free_bytes(CPU)
+    assert 2**20 < free <= sharding.device_bytes(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert distributed.free_bytes(CPU) == pytest.approx(free / 4, rel=0.3)
+
+
+def test_free_memory_without_linux_is_all_memory(monkeypatch):
+    """macOS has no /proc."""
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    assert distributed.free_bytes(CPU) == sharding.device_bytes(CPU)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_stay_gathered_between_passes_where_they_fit(sharded, fits, monkeypatch):
+    model, layout = sharded
+    tokens = random_tokens(8)
+    needed = sum(p.numel() * p.itemsize for p in plain_copy(model).parameters())
+    free = needed / sharding.GATHERED_SHARE * (1.01 if fits else 0.99)
+    monkeypatch.setattr(distributed, "free_bytes", lambda device: free)
+
+    blocks_and_embedding = nn.ModuleList([*model.model.layers, model.model.embed_tokens])
+    with torch.no_grad():
+        expected = model(tokens)
+        for _ in range(2):
+            with layout.keep_gathered(model):
+                assert torch.equal(model(tokens), expected)
+                gathered = [not isinstance(p, DTensor) for p in blocks_and_embedding.parameters()]
+                assert all(gathered) if fits else not any(gathered)
+                assert torch.equal(model(tokens), expected)
+            assert fits == all(isinstance(p, DTensor) for p in model.parameters())
+            model(tokens)
+            assert all(isinstance(p, DTensor) for p in blocks_and_embedding.parameters())
 
 
 def test_gradients_are_reduced_when_they_are_asked_for(sharded):

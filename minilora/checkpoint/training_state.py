@@ -132,32 +132,36 @@ def load_sharded(
 
     metadata = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
     suffix = _process_suffix()
-    local: dict[str, Tensor] = {}  # this process's tensors
-    stored: dict[str, Tensor] = {}  # the same memory, as dcp.load fills it
+    stored: dict[str, Tensor] = {}  # by the names in the files; dcp.load fills them
+    row_names = set()  # which of them are rows of a parameter
     of_other_processes = []  # keys of statistics that processes have written for themselves
     for key, entry in metadata.items():
         if "#" in key and not key.endswith(suffix):
             of_other_processes.append(key)
             continue
         assert isinstance(entry, dcp.metadata.TensorStorageMetadata)
-        name = key.removesuffix(suffix)
         p = model_parameters.get(_parameter_of(key))
         if p is not None and entry.size == p.shape:  # one value for each weight, see save_sharded
-            shape = layout.to_local(p).shape
-            local[name] = torch.empty(shape, dtype=entry.properties.dtype)
-            stored[key] = layout.to_dtensor(local[name], p)
+            rows = torch.empty_like(layout.to_local(p), dtype=entry.properties.dtype)
+            stored[key] = layout.to_dtensor(rows, p)
+            row_names.add(key)
         else:
-            local[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-            stored[key] = local[name]
+            stored[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
 
     for key in of_other_processes:
         name, _, _ = key.partition("#")
-        if name not in local:  # there is none of this process
+        if name not in stored and name + suffix not in stored:  # there is none of this process
             raise UserError(
                 f"{directory}: states of an 8-bit optimizer can only be continued with the number "
                 f"of processes that saved them ({key})"
             )
     dcp.load(stored, checkpoint_id=str(directory), no_dist=distributed.world_size() == 1)
+
+    local = {}
+    for key, tensor in stored.items():
+        # A DTensor may have copied the rows that it was made of: those that were filled are its own
+        name = key.removesuffix(suffix)
+        local[name] = layout.to_local(tensor) if key in row_names else tensor
     return local
 
 

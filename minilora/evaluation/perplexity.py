@@ -7,9 +7,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora import distributed
 from minilora.build import autocast_to
 from minilora.data.dataset import Documents
 from minilora.model.transformer import CausalLM
+
+
+def batches_by_length(
+    documents: Documents, indices: np.ndarray, max_docs: int, max_tokens: int
+) -> list[np.ndarray]:
+    """Divide documents into batches of similar length, from the shortest to the longest.
+
+    Args:
+        documents: the documents that `indices` name.
+        indices: which of them to use.
+        max_docs: the most documents of a batch.
+        max_tokens: the most tokens of a batch; a longer document is a batch of its own.
+
+    Returns:
+        The indices of each batch.
+    """
+    order = np.argsort(documents.lengths[indices], kind="stable")
+    by_length = indices[order]
+    lengths = documents.lengths[by_length].tolist()
+
+    batches: list[np.ndarray] = []
+    start, num_tokens = 0, 0  # where the batch begins, and its tokens so far
+    for i, length in enumerate(lengths):
+        is_full = i - start == max_docs or num_tokens + length > max_tokens
+        if is_full and i > start:
+            batches.append(by_length[start:i])
+            start, num_tokens = i, 0
+        num_tokens += length
+    if start < len(by_length):
+        batches.append(by_length[start:])
+    return batches
 
 
 @torch.no_grad()
@@ -36,7 +68,8 @@ def loss_sums(
     for indices in batches:
         batch = documents.batch(indices)
         with autocast_to(autocast, device):
-            sums[0] += model(batch.tokens.to(device), batch.lengths, labels=batch.labels)
+            tokens = distributed.to_device(batch.tokens, device)
+            sums[0] += model(tokens, batch.lengths, labels=batch.labels)
         sums[1] += batch.num_supervised
     return sums
 

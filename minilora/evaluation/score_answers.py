@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora import distributed
-from minilora.config import DataConfig
+from minilora.config import DataConfig, EvalConfig
 from minilora.data.example import RowError, string_of
 from minilora.data.prompts import question_of_row, reference_of_row, references_of
 from minilora.data.sources import data_files
@@ -22,7 +22,7 @@ from minilora.errors import UserError
 from minilora.evaluation import ontology
 from minilora.evaluation.judge import JudgeEndpoint, judge
 from minilora.evaluation.ontology import Figures, Thresholds
-from minilora.evaluation.perplexity import loss_and_ppl, loss_sums
+from minilora.evaluation.perplexity import batches_by_length, loss_and_ppl, loss_sums
 from minilora.evaluation.rubric import Rubric, uses_reference
 from minilora.evaluation.text import format_table, score
 from minilora.generation.answering import TextGenerator
@@ -136,9 +136,10 @@ def model_figures(
     if len(documents) == 0:
         raise UserError(f"--metrics loss: no row of {source} is left to compute it over")
 
-    by_length = np.argsort(documents.lengths, kind="stable")
-    starts = range(0, len(documents), generator.batch_size)
-    batches = [by_length[start : start + generator.batch_size] for start in starts]
+    max_tokens = EvalConfig().max_batch_tokens
+    batches = batches_by_length(
+        documents, np.arange(len(documents)), generator.batch_size, max_tokens
+    )
     model = generator.model
     found = loss_and_ppl(loss_sums(model, documents, batches, model.head_weight.device))
 

@@ -28,7 +28,7 @@ class MicroBatch:
         lengths: the documents' lengths, which sum to T.
         labels: int64 [T], on the CPU; a token's own id, or -100 where there is nothing to learn.
         num_supervised: how many labels are not -100.
-        num_tokens: T, or 0 for a placeholder (see `rank_micro_batches`).
+        num_tokens: T, or 0 for a placeholder (see `rank_share`).
         is_last: whether it is this process's last one of the optimizer step.
     """
 
@@ -67,7 +67,7 @@ class TrainingBatches:
         Args:
             step: the optimizer step, counted from 0.
             shard_count: how many processes hold one copy of the model between them. If there are
-                several, each gets the same number of micro-batches (see `rank_micro_batches`).
+                several, each gets the same number of micro-batches (see `rank_share`).
             device: where the model computes.
         """
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -78,7 +78,7 @@ class TrainingBatches:
         for i, indices in enumerate(micro_batches):
             batch = self.data.documents.batch(indices, draw=LabelDraw(self.config.seed, epoch))
             yield MicroBatch(
-                tokens=batch.tokens.to(device, non_blocking=True),
+                tokens=distributed.to_device(batch.tokens, device),
                 lengths=batch.lengths,
                 labels=batch.labels,
                 num_supervised=batch.num_supervised,
@@ -128,10 +128,6 @@ class TrainingBatches:
 def rank_micro_batches(docs: np.ndarray, batch_size: int, shard_count: int) -> list[np.ndarray]:
     """Divide documents into micro-batches and return this process's share of them.
 
-    Process r of n takes micro-batch r and every n-th after it. Processes that hold shards of one
-    model must run the same number of passes, so there a process whose documents are used up gets
-    an empty micro-batch, for which `Documents.batch` makes a placeholder without labels.
-
     Args:
         docs: indices of the documents of all processes.
         batch_size: documents of a micro-batch; the last one may have fewer.
@@ -139,11 +135,26 @@ def rank_micro_batches(docs: np.ndarray, batch_size: int, shard_count: int) -> l
     """
     starts = range(0, len(docs), batch_size)
     micro_batches = [docs[start : start + batch_size] for start in starts]
-    if shard_count > 1:
-        no_documents = docs[:0]
-        while len(micro_batches) % distributed.world_size() != 0:
-            micro_batches.append(no_documents)
-    return micro_batches[distributed.rank() :: distributed.world_size()]
+    return rank_share(micro_batches, shard_count)
+
+
+def rank_share(micro_batches: list[np.ndarray], shard_count: int) -> list[np.ndarray]:
+    """Return this process's share of the micro-batches of all processes.
+
+    Process r of n takes micro-batch r and every n-th after it. Processes that hold shards of one
+    model must run the same number of passes, so there a process whose documents are used up gets
+    an empty micro-batch, for which `Documents.batch` makes a placeholder without labels.
+
+    Args:
+        micro_batches: indices of the documents of each.
+        shard_count: how many processes hold one copy of the model between them.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    share = micro_batches[rank::world_size]
+    if shard_count > 1 and len(share) < math.ceil(len(micro_batches) / world_size):
+        no_documents = np.empty(0, dtype=np.int64)
+        share.append(no_documents)
+    return share
 
 
 def step_seed(seed: int, step: int) -> int:

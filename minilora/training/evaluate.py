@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from minilora import distributed
@@ -10,11 +9,11 @@ from minilora.build import LoadedModel, autocast_to
 from minilora.config import Config
 from minilora.data.dataset import EvalSet
 from minilora.data.tokenizer import Tokenizer
-from minilora.evaluation.perplexity import loss_and_ppl, loss_sums
+from minilora.evaluation.perplexity import batches_by_length, loss_and_ppl, loss_sums
 from minilora.evaluation.text import score
 from minilora.generation.engine import Answer, generate_ids
 from minilora.generation.sampling import SamplingParams
-from minilora.training.batches import rank_micro_batches
+from minilora.training.batches import rank_share
 from minilora.training.datasets import eval_prompts
 
 
@@ -70,13 +69,14 @@ def _losses(config: Config, loaded: LoadedModel, eval_set: EvalSet) -> dict[str,
 
     The mean is over the supervised tokens of the set, so every token counts the same.
     """
-    lengths = eval_set.documents.lengths[eval_set.indices]
-    by_length = eval_set.indices[np.argsort(lengths, kind="stable")]
-    shard_count = loaded.layout.shard_count
-    batches = rank_micro_batches(by_length, config.eval.batch_size, shard_count)
+    documents, limits = eval_set.documents, config.eval
+    batches = batches_by_length(
+        documents, eval_set.indices, limits.batch_size, limits.max_batch_tokens
+    )
+    my_batches = rank_share(batches, loaded.layout.shard_count)
 
     device = distributed.default_device()
-    sums = loss_sums(loaded.model, eval_set.documents, batches, device, loaded.autocast)
+    sums = loss_sums(loaded.model, documents, my_batches, device, loaded.autocast)
     figures = loss_and_ppl(distributed.all_reduce_sum(sums))
     return {f"eval/{eval_set.name}/{name}": value for name, value in figures.items()}
 
@@ -101,7 +101,10 @@ def _answers(
     mine = range(distributed.rank(), len(prompts), world_size)
     my_prompts = [prompts[i] for i in mine]
     is_sharded = loaded.layout.shard_count > 1
-    with autocast_to(autocast, distributed.default_device()):
+    with (
+        autocast_to(autocast, distributed.default_device()),
+        loaded.layout.keep_gathered(loaded.model),
+    ):
         answers = generate_ids(
             loaded.model, my_prompts, tokenizer, params, indices=mine, collective=is_sharded
         )

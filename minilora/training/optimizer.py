@@ -116,6 +116,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def take_step(
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, compute_dtype: torch.dtype
+) -> Tensor | None:
+    """Update the weights, except in float16 if a gradient has overflowed.
+
+    The largest float16 is 65,504. A gradient beyond it is infinite and would make every weight NaN,
+    so such a step is skipped. torch's AdamW skips it on the device, and the host does not wait to
+    know. The optimizers of bitsandbytes cannot do that; for them the host reads the norm.
+
+    Args:
+        optimizer: its parameters have their gradients.
+        grad_norm: what `finish_gradients` returned; it is the same on all processes.
+        compute_dtype: of the arithmetic.
+
+    Returns:
+        In float16 whether the step was skipped, a bool on the device; otherwise None.
+    """
+    if compute_dtype != torch.float16:
+        optimizer.step()
+        return None
+
+    overflowed = ~grad_norm.isfinite()
+    if isinstance(optimizer, torch.optim.AdamW):
+        # where this is 1, the fused kernel changes neither weights nor states (for GradScaler)
+        optimizer.found_inf = overflowed.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not overflowed:
+        optimizer.step()
+    return overflowed
+
+
 def finish_gradients(
     loaded: LoadedModel,
     parameters: dict[str, nn.Parameter],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from helpers.tiny_models import VOCAB
 from minilora.data.dataset import Counts, Documents
-from minilora.evaluation.perplexity import loss_and_ppl, loss_sums
+from minilora.evaluation.perplexity import batches_by_length, loss_and_ppl, loss_sums
 from minilora.model.transformer import CausalLM
 
 CPU = torch.device("cpu")
@@ -48,6 +48,36 @@ def test_loss_sums_are_those_of_each_document(llama: CausalLM):
         sums = loss_sums(llama, documents, [np.array(batch) for batch in batches], CPU)
         assert sums.dtype == torch.float64
         assert sums.tolist() == pytest.approx([loss, count], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("max_docs", "max_tokens", "batches"),
+    [
+        (2, 100, [[3, 0], [2, 4], [1]]),
+        (100, 100, [[3, 0, 2, 4, 1]]),
+        (100, 14, [[3, 0], [2, 4], [1]]),
+        (100, 13, [[3, 0], [2], [4], [1]]),
+        (3, 18, [[3, 0, 2], [4], [1]]),
+        (100, 1, [[3], [0], [2], [4], [1]]),  # each is too long, and a batch of its own
+    ],
+)
+def test_batches_by_length_have_a_limit_of_documents_and_tokens(
+    max_docs: int, max_tokens: int, batches: list[list[int]]
+):
+    documents = make_documents([5, 30, 7, 4, 7, 9])
+    found = batches_by_length(documents, np.arange(5), max_docs, max_tokens)
+    assert [batch.tolist() for batch in found] == batches
+    assert batches_by_length(documents, np.arange(0), max_docs, max_tokens) == []
+
+
+def test_loss_does_not_depend_on_the_limit_of_tokens(llama: CausalLM):
+    documents = make_documents([5, 30, 7, 4, 7, 9])
+    figures = []
+    for max_tokens in (100, 16):
+        batches = batches_by_length(documents, np.arange(6), 32, max_tokens)
+        figures.append(loss_sums(llama, documents, batches, CPU).tolist())
+    assert len(batches) == 3
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
 
 
 def test_loss_and_ppl():

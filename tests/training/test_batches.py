@@ -168,6 +168,18 @@ def test_a_quarter_is_due_four_times_in_every_epoch(batch_size: int):
         assert sum(batches.is_due(0.25, step) for step in steps) == 4
 
 
+def test_tokens_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch: pytest.MonkeyPatch):
+    """Recorded, as there may be no GPU: labels stay on the CPU."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: calls.append("pin") or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *to, **how: calls.append((*to, how)) or t)
+    batches = TrainingBatches(make_data(), make_config())
+    device = torch.device("cuda", 0)
+    (micro_batch,) = batches.of_step(0, 1, device)
+    assert calls == ["pin", (device, {"non_blocking": True})]
+    assert micro_batch.labels.device == CPU
+
+
 # ---- processes
 
 

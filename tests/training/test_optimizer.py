@@ -1,10 +1,14 @@
 """AdamW's groups, the learning-rate schedules, and gradients between backward pass and step."""
 
+import tomllib
+
 import pytest
 import torch
 import transformers
+from packaging.requirements import Requirement
 from torch import nn
 
+from helpers.documents import ROOT
 from minilora.build import LoadedModel
 from minilora.config import TrainConfig
 from minilora.training.metrics import StepMetrics
@@ -13,6 +17,7 @@ from minilora.training.optimizer import (
     learning_rate_factor,
     make_optimizer,
     set_learning_rate,
+    take_step,
     trainable_parameters,
 )
 
@@ -105,13 +110,54 @@ def test_set_learning_rate_reaches_all_groups():
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_step_that_overflowed_in_float16_changes_nothing(name: str):
+    """The other steps are the same with and without it, to the bit."""
+    with_overflow, without = make_parameters(), make_parameters()
+    train = TrainConfig(optimizer=name, learning_rate=0.1)
+    optimizer, plain = make_optimizer(with_overflow, train), make_optimizer(without, train)
+    for norm in (1.0, float("inf"), 2.0, float("nan"), 3.0):
+        is_finite = norm < float("inf")
+        for p in with_overflow.values():
+            p.grad = torch.full_like(p, norm)
+        skipped = take_step(optimizer, torch.tensor(norm), torch.float16)
+        assert bool(skipped) != is_finite
+        if is_finite:
+            for p in without.values():
+                p.grad = torch.full_like(p, norm)
+            plain.step()
+    for key, p in with_overflow.items():
+        assert torch.equal(p, without[key])
+        state, expected = optimizer.state[p], plain.state[without[key]]
+        assert state.keys() == expected.keys()
+        for entry, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[entry])), entry
+
+
+def test_bitsandbytes_is_new_enough():
+    """Before 0.50 its layers took the transposed weight where that is square, on a GPU."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [Requirement(text) for text in project["dependencies"]]
+    (found,) = [each for each in requirements if each.name == "bitsandbytes"]
+    assert "0.50.2" in found.specifier and "0.49.2" not in found.specifier
+
+
+def test_no_step_is_skipped_in_bfloat16():
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, TrainConfig(learning_rate=0.1))
+    for p in parameters.values():
+        p.grad = torch.full_like(p, float("nan"))
+    assert take_step(optimizer, torch.tensor(float("nan")), torch.bfloat16) is None
+    assert parameters["bias"].isnan().all()  # and the run ends, see test_metrics.py
+
+
 # ---- gradients
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 100.0])
 def test_finish_gradients_divides_by_supervised_tokens_and_clips(max_norm: float):
     model = nn.Linear(3, 2)
-    loaded = LoadedModel(model, torch.float32, None, 8)
+    loaded = LoadedModel(model, torch.float32, torch.float32, None, 8)
     parameters = trainable_parameters(loaded)
     gradients = {name: torch.full_like(p, 6.0) for name, p in parameters.items()}
     for name, p in parameters.items():
@@ -131,6 +177,6 @@ def test_finish_gradients_divides_by_supervised_tokens_and_clips(max_norm: float
 def test_trainable_parameters_leave_out_frozen_ones():
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    loaded = LoadedModel(model, torch.float32, None, 8)
+    loaded = LoadedModel(model, torch.float32, torch.float32, None, 8)
     parameters = trainable_parameters(loaded)
     assert list(parameters) == ["weight"] and parameters["weight"] is model.weight
