@@ -6,13 +6,14 @@ SCRIPTS := $(wildcard train.py merge.py infer.py)
 DEMO := out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint pictures clean
+.PHONY: help demo test test-fast gpu lint pictures clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install, train configs/tiny.py on the CPU, merge the adapter, answer questions with the result"
 	@echo "make test       install, lint, run all tests (.ci/run does the same)"
 	@echo "make test-fast  the tests that make no whole run and start no process: two minutes"
+	@echo "make gpu        on a machine with a GPU: tests/cuda, then bench/gpu.py, ten minutes on an H100"
 	@echo "make lint       ruff check, ruff format --check, lint-imports, mypy"
 	@echo "make pictures   draw the README's pictures again (needs Chromium)"
 	@echo "make clean      remove $(VENV), $(DEMO) and all caches"
@@ -37,6 +38,11 @@ test: lint
 
 test-fast: $(VENV)/.installed
 	$(PYTEST) -m "not system"
+
+gpu: export PYTORCH_ALLOC_CONF ?= expandable_segments:True
+gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/cuda
+	$(BIN)/python bench/gpu.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

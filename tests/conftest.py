@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "system" not in item.path.parts)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests of tests/cuda were skipped, so that no one takes them for passed."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    num_cuda = sum(report.nodeid.startswith("tests/cuda/") for report in skipped)
+    if num_cuda:
+        terminalreporter.write_line(f"{num_cuda} tests of tests/cuda skipped: there is no GPU here")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory):
     """Put caches into a fresh directory: tests neither read the user's nor write to it."""
