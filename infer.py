@@ -46,7 +46,9 @@ from minilora.generation.chat import chat, check_stdin
 from minilora.generation.jobs import Job, Row, read_input_rows, weight_file_times
 from minilora.generation.prompting import PromptWriter, encode_rows, make_prompt_writer
 from minilora.generation.sampling import SamplingParams
+from minilora.hub import DESCRIPTION_FILES, HUB_FILES
 from minilora.loading import ModelFiles, find_model, load_files
+from minilora.planning.answering import describe_plan, plan_answers
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def main(args: Args) -> int:
     """Answer a prompt, the rows of a file, or the lines of a chat; return the exit code."""
     check(args)
     question, scoring = args.question, args.scoring
+    if question.plan:
+        return show_plan(args)
     check_metrics(scoring.metrics, "--metrics")
     rubric = None
     if scoring.judge:
@@ -80,7 +84,8 @@ def main(args: Args) -> int:
 def prepare(args: Args) -> PreparedModel:
     """Find the model's files, read its tokenizer, and choose the form of its prompts."""
     model = args.model
-    files = find_model(model.name, model.adapter, model.revision, model.adapter_revision)
+    patterns = DESCRIPTION_FILES if args.question.plan else HUB_FILES
+    files = find_model(model.name, model.adapter, model.revision, model.adapter_revision, patterns)
     config = None
     if args.form.config is not None:
         config = form_of_config(args.form.config, args.question.input)
@@ -90,6 +95,25 @@ def prepare(args: Args) -> PreparedModel:
     params = sampling_params(args.sampling, writer.data.format)
     check_samples_differ(args.question.num_samples, params)
     return PreparedModel(files, writer, params)
+
+
+def show_plan(args: Args) -> int:
+    """Print what answering needs, for prompts as long as the longest of those that are given."""
+    question = args.question
+    prepared = prepare(args)
+    prompts: list[list[int]] = []
+    if question.prompt is not None:
+        prompts = [prepared.writer.encode_text(question.prompt)]
+    elif question.input is not None:
+        rows = read_input_rows(question.input, question.limit)
+        prompts = list(encode_rows(prepared.writer, rows, question.input).values())
+    longest = max(map(len, prompts), default=0)
+    plan = plan_answers(prepared.files, args.model, prepared.params.max_new_tokens, longest)
+    batch_size = question.batch_size
+    if prompts:
+        batch_size = min(batch_size, len(prompts) * question.num_samples)
+    print(describe_plan(plan, args.model.name, batch_size))
+    return 0
 
 
 def form_of_config(path: str, source: str | None) -> DataConfig:

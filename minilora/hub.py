@@ -14,15 +14,23 @@ HUB_FILES = [
     "tokenizer.model",
     "*.jinja",
 ]
+DESCRIPTION_FILES = [pattern for pattern in HUB_FILES if pattern != "model*.safetensors"]
+"""The same without the weights of a base, which are many gigabytes."""
 
 
-def resolve(name: str, revision: str | None = None, setting: str = "revision") -> Path:
+def resolve(
+    name: str,
+    revision: str | None = None,
+    setting: str = "revision",
+    patterns: list[str] = HUB_FILES,
+) -> Path:
     """Return the directory of a model or adapter.
 
     Args:
         name: a directory, or a hub id `owner/name`, optionally with `@revision`.
         revision: branch, tag or commit on the hub.
         setting: the name of the setting or flag that `revision` is from, for messages.
+        patterns: names of the files that are wanted, with shell wildcards.
 
     Raises:
         UserError: there is no such directory and the hub does not provide it, or a revision would
@@ -43,7 +51,7 @@ def resolve(name: str, revision: str | None = None, setting: str = "revision") -
     if revision and at_revision and revision != at_revision:
         raise UserError(f"{setting} {revision!r} contradicts {name!r}: leave out one of them")
     what = f"model {name!r} is not a directory"
-    return fetch(repository, revision or at_revision or None, HUB_FILES, what)
+    return fetch(repository, revision or at_revision or None, patterns, what)
 
 
 def _no_revisions_error(what: str, directory: str) -> UserError:

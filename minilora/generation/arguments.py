@@ -65,6 +65,9 @@ class QuestionArgs:
     """Answers per prompt."""
     batch_size: int = 16
     """Answers decoded together. It does not change them, except through rounding in 16 bits."""
+    plan: bool = False
+    """Show what answering needs, and stop: the memory by part, and what fits where. Neither weights
+    nor a GPU are needed. --prompt or --input tells how long prompts are."""
 
 
 @dataclass
@@ -211,12 +214,12 @@ def _check_files(question: QuestionArgs) -> None:
             "give either --prompt TEXT or --input FILE.jsonl --output FILE.jsonl",
         )
     both_or_none = (question.input is None) == (question.output is None)
-    require(both_or_none, "--input and --output go together")
+    require(both_or_none or question.plan, "--input and --output go together")
     require(
         question.limit is None or question.input is not None,
         "--limit is how many rows of --input to ask: give --input and --output",
     )
-    if not question.output:
+    if question.output is None or question.plan:  # a plan writes nothing
         return
     target = Path(question.output)
     name = f"--output: {question.output!r}"

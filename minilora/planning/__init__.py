@@ -1,0 +1,1 @@
+"""`--plan`: what a run or an answer needs, computed without weights and without a GPU."""
