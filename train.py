@@ -18,12 +18,14 @@ from minilora.build import LoadedModel, autocast_to, build_for_training
 from minilora.checkpoint.checkpointer import Checkpointer, demote_final, start_directory
 from minilora.checkpoint.resume import find_checkpoint, rename_superseded
 from minilora.checkpoint.trainer_state import TrainerState
-from minilora.cli import check_device, load_config, run_script
+from minilora.cli import check_compiler, check_device, load_config, run_script
 from minilora.config import Config, TrainConfig
 from minilora.data.dataset import EvalSet, dataset_fingerprint
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
 from minilora.hub import resolve
+from minilora.model.precision import precision_note
+from minilora.planning.report import show_plan
 from minilora.tracking.hub_upload import HubUploader
 from minilora.tracking.preview import preview
 from minilora.tracking.tracker import Tracker, check_trackers
@@ -39,9 +41,12 @@ from minilora.training.optimizer import (
     learning_rate_factor,
     make_optimizer,
     set_learning_rate,
+    take_step,
     trainable_parameters,
 )
+from minilora.training.recomputation import AutoRecomputation
 from minilora.training.signals import StopSignal
+from minilora.training.throughput import Throughput
 
 UPLOAD_SECONDS = 600
 """How long the end of a run waits for an upload that is under way."""
@@ -57,7 +62,7 @@ def main(config: Config) -> int:
         RunError: training cannot go on; what was saved before is intact.
     """
     inputs = read_inputs(config)
-    if inputs is None:  # a preview was shown, or the run is finished already
+    if inputs is None:  # a plan or a preview was shown, or the run is finished already
         return 0
     run = set_up(config, inputs)
     state, batches = run.state, run.batches
@@ -69,6 +74,7 @@ def main(config: Config) -> int:
         metrics = StepMetrics(run.device)
         for step in range(state.step, batches.total_steps):
             train_step(config, run, metrics, step)
+            run.recomputation.decide()  # after the first step
             state.step = step + 1
             state.finished = state.step == batches.total_steps
             run.tracker.step()
@@ -87,8 +93,9 @@ def main(config: Config) -> int:
                 # or the gradient is not finite the run ends now, before any of it is saved.
                 metrics.sync(state, run.out)
                 position = {"step": state.step, "epoch": state.step / batches.steps_per_epoch}
-                if should_log:
-                    row = metrics.row(state)
+                if should_log and not metrics.is_empty:
+                    speed = run.throughput.figures(metrics.seconds)
+                    row = metrics.row(state) | speed
                     run.tracker.log(position | row)
                     run.learning_check.check(row, metrics.step_supervised, state)
 
@@ -139,6 +146,7 @@ def train_step(config: Config, run: "TrainingRun", metrics: StepMetrics, step: i
             loss = model(micro_batch.tokens, micro_batch.lengths, labels=micro_batch.labels)
         loss.backward()
         metrics.add(loss.detach(), micro_batch.num_supervised, micro_batch.num_tokens)
+        run.throughput.add(micro_batch)
 
     supervised_tokens = metrics.end_step()
     metrics.grad_norm = finish_gradients(
@@ -148,7 +156,9 @@ def train_step(config: Config, run: "TrainingRun", metrics: StepMetrics, step: i
     factor = learning_rate_factor(step, run.batches.total_steps, train)
     metrics.lr = train.learning_rate * factor
     set_learning_rate(run.optimizer, metrics.lr)
-    run.optimizer.step()
+    overflowed = take_step(run.optimizer, metrics.grad_norm, run.loaded.dtype)
+    if overflowed is not None:
+        metrics.leave_out_if(overflowed)
     run.optimizer.zero_grad(set_to_none=True)
     run.ema.update(step)
 
@@ -193,12 +203,16 @@ class TrainingRun:
     """The trained parameters by name; of a sharded model, this process's rows."""
     optimizer: torch.optim.Optimizer
     ema: EMA
+    recomputation: AutoRecomputation
+    """Chooses which blocks are recomputed, if that is left to it."""
     state: TrainerState
     """Where training stands; the loop changes it."""
     checkpointer: Checkpointer
     tracker: Tracker
     learning_check: LearningCheck
     """Warns if nothing is learnt."""
+    throughput: Throughput
+    """Counts operations, for the share of the machine's peak."""
 
 
 def read_inputs(config: Config) -> Inputs | None:
@@ -207,14 +221,18 @@ def read_inputs(config: Config) -> Inputs | None:
     Nothing is written to the output directory, except preview.jsonl if a preview is asked for.
 
     Returns:
-        None if there is nothing to train: a preview was asked for, and shown, or the checkpoint
-        in the output directory is the end of this run.
+        None if there is nothing to train: a plan or a preview was asked for, and shown, or the
+        checkpoint in the output directory is the end of this run.
 
     Raises:
         UserError: something is wrong with the configuration or with what it names.
     """
+    if config.plan:
+        show_plan(config)
+        return None
     out = Path(config.output_dir)
     check_device(config)
+    check_compiler(config)
     base = resolve(config.model.name, config.model.revision, "model.revision")
     tokenizer = make_tokenizer(config, base)
     data = load_data(config, tokenizer, base)
@@ -294,10 +312,12 @@ def set_up(config: Config, inputs: Inputs) -> TrainingRun:
         parameters=parameters,
         optimizer=optimizer,
         ema=ema,
+        recomputation=AutoRecomputation(loaded.model, config.train, inputs.batches, device),
         state=state,
         checkpointer=checkpointer,
         tracker=open_tracker(config, inputs),
         learning_check=LearningCheck(config, loaded, parameters),
+        throughput=Throughput(loaded, device),
     )
 
 
@@ -331,6 +351,10 @@ def log_model(config: Config, loaded: LoadedModel, device: torch.device) -> None
     if loaded.layout.shard_count > 1:
         message += ", sharded"
     distributed.log(message)
+    trains_all = config.method == "full"
+    note = precision_note(loaded.dtype, loaded.weight_dtype, device, trains_all)
+    if note:
+        distributed.log(note)
 
 
 def log_start(inputs: Inputs, out: Path) -> None:

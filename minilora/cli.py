@@ -4,9 +4,12 @@ A config file (config_files.py) holds what differs from the defaults. Flags repl
 it. Every mistake is reported before the run writes anything.
 """
 
+import importlib.util
 import os
 import re
+import shutil
 import sys
+import sysconfig
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +124,37 @@ def check_device(config: Config) -> None:
         )
 
 
+def check_compiler(config: Config) -> None:
+    """Refuse train.compile where torch.compile lacks the programs that it calls.
+
+    On a CPU that is a C++ compiler, which includes Python's headers. On a GPU it is Triton, which
+    calls a C compiler, with the same headers.
+
+    Raises:
+        UserError: names what is missing, before any data is read.
+    """
+    if config.preview or config.plan or not config.train.compile:
+        return
+    compilers = [os.environ.get("CXX", "g++")]
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            raise UserError(
+                "train.compile needs Triton on a GPU: pip install triton, or leave it out"
+            )
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise UserError(
+            f"train.compile needs a compiler, and there is no {' or '.join(compilers)} here: "
+            "install it (apt install g++), or leave train.compile out"
+        )
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.is_file():
+        raise UserError(
+            f"train.compile needs Python's headers, and there is no {headers}: "
+            "install them (apt install python3-dev), or leave train.compile out"
+        )
+
+
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main function and exit with its code.
 
@@ -130,6 +164,7 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     Args:
         main: returns the exit code; None is 0.
     """
+    distributed.use_expandable_segments()
     try:
         sys.exit(main() or 0)
     except UserError as error:

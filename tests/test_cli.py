@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -566,6 +567,28 @@ def test_script_exits_with_what_main_returns(returned, code):
     with pytest.raises(SystemExit) as exit:
         run_script(lambda: returned)
     assert exit.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_script_lets_segments_expand_unless_the_user_says_otherwise(
+    variables, expected, monkeypatch
+):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # the first call makes monkeypatch restore what the script sets
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    with pytest.raises(SystemExit):
+        run_script(lambda: seen.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize("error, code", [(UserError, 2), (RunError, 1)])

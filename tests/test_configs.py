@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from helpers.recipes import load_recipe
-from minilora.cli import check_device
+from minilora.cli import check_compiler, check_device
 from minilora.config import flatten_config
 from minilora.errors import UserError
+from train import read_inputs
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BITS4 = {"model.bits": 4, "model.double_quant": True}
@@ -25,6 +26,7 @@ OLLM = {
 
 # What each recipe must say, from its source; what the source leaves open is not here.
 VALUES: dict[str, dict[str, object]] = {
+    "qlora": {**BITS4, "method": "lora", "lora.rank": 32, "train.optimizer": "adamw"},
     "wiki": {
         **OLLM,
         "model.name": "mistralai/Mistral-7B-Instruct-v0.2",
@@ -136,3 +138,40 @@ def test_instruct_may_be_offloaded_where_there_is_a_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="cpu_offload"):
         check_device(offloaded)
+
+
+def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
+    """It is refused before the data is read, with what to install; a preview or plan needs none."""
+    config = load_recipe("instruct", "--train.compile", "True")
+    check_compiler(config)  # there is one where tests run
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no-such-compiler here: .*g\+\+"):
+        check_compiler(config)
+    config.data.train_file = "no-such-data.jsonl"
+    config.model.name = str(tmp_path)
+    with pytest.raises(UserError, match="no-such-compiler"):
+        read_inputs(config)
+    config.plan = True
+    check_compiler(config)
+    config.plan, config.train.compile = False, False
+    check_compiler(config)
+
+
+def test_compiling_needs_python_headers(monkeypatch, tmp_path):
+    config = load_recipe("instruct", "--train.compile", "True")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"Python's headers.*python3-dev"):
+        check_compiler(config)
+
+
+def test_compiling_on_a_gpu_needs_triton_and_a_c_compiler(monkeypatch):
+    config = load_recipe("instruct", "--train.compile", "True")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install triton"):
+        check_compiler(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UserError, match="no-such-compiler"):
+        check_compiler(config)

@@ -98,8 +98,12 @@ def test_files_of_a_run(base: Path, tmp_path: Path):
         "tokens",
         "supervised_tokens",
         "tokens_per_second",
+        "share_of_peak",
+        "peak_memory",
     }
     assert logs[-1]["epoch"] == 3.0
+    assert all(0 < row["share_of_peak"] < 1 for row in logs)
+    assert all(2**25 < row["peak_memory"] < 2**35 for row in logs)
     assert logs[-1]["tokens"] > logs[-1]["supervised_tokens"] > 0
     assert steps_with(config, "eval/in_domain/loss") == [10, 20, STEPS]
     assert steps_with(config, "eval/out_of_domain/ppl") == [10, 20, STEPS]
@@ -186,6 +190,19 @@ def test_nan_stops_the_run_and_is_never_saved(
     assert len(saved) == 2
     for file in saved:
         assert all(t.isfinite().all() for t in safetensors.torch.load_file(file).values())
+
+
+def test_float16_skips_a_step_that_overflows(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    changes = {"model__dtype": "float16", "train__logging_steps": 3, "train__max_steps": 9}
+    config = tiny_runs.quick_config(tmp_path, base, **changes, train__ema_decay=0.5)
+    poison_loss(monkeypatch, 5)
+    assert train.main(config) == 0
+    assert [row["skipped_steps"] for row in metrics(config)] == [0, 1, 0]
+    assert all(math.isfinite(row["loss"] + row["grad_norm"]) for row in metrics(config))
+    assert "1 of the 3 steps up to step 6 were skipped" in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in final_weights(config).values())
 
 
 # ---- when it evaluates and saves
@@ -385,14 +402,27 @@ def test_partial_last_step_of_an_epoch_is_taken(base: Path, tmp_path: Path):
     assert steps_with(config, "loss") == [1, 2]
 
 
-def test_evaluation_does_not_depend_on_batch_size(base: Path, tmp_path: Path):
+def test_evaluation_does_not_depend_on_batch_size(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, batch_tokens = evaluate.loss_sums, []
+
+    def recording(model, documents, batches, *arguments):
+        batch_tokens.extend(sum(documents.lengths[indices]) for indices in batches)
+        return real(model, documents, batches, *arguments)
+
+    monkeypatch.setattr(evaluate, "loss_sums", recording)
     values = []
-    for size in (1, 8):
-        changes = {"eval__batch_size": size, "train__max_steps": 3}
-        config = tiny_runs.run(tmp_path / str(size), base, **changes)
+    for docs, tokens in [(1, 10_000), (8, 10_000), (8, 300)]:
+        batch_tokens.clear()
+        changes = {"eval__batch_size": docs, "eval__max_batch_tokens": tokens}
+        config = tiny_runs.run(tmp_path / f"{docs}-{tokens}", base, train__max_steps=3, **changes)
         keys = ("eval/in_domain/loss", "eval/out_of_domain/loss")
         values.append([metrics(config, key)[-1][key] for key in keys])
+        if docs > 1:
+            assert (max(batch_tokens) > 300) == (tokens > 300)
     assert values[0] == pytest.approx(values[1], abs=1e-6)
+    assert values[0] == pytest.approx(values[2], abs=1e-6)
 
 
 def test_order_and_draws_differ_between_epochs_but_not_between_runs(base: Path, tmp_path: Path):

@@ -86,7 +86,8 @@ def test_run_after_a_crash_ends_as_an_uninterrupted_one(
     assert final_weights(broken) == final_weights(whole)
     rows, expected = metrics(broken), metrics(whole)
     for row in (*rows, *expected):
-        del row["tokens_per_second"]
+        for speed in ("tokens_per_second", "share_of_peak", "peak_memory"):
+            del row[speed]
     assert rows == expected
 
 
@@ -164,10 +165,11 @@ OVERSHOOTS = {
 
 
 def figures(config: Config) -> list[dict]:
-    """Return what a run has logged, without its speed and the names of its checkpoints."""
+    """Return what a run has logged, without its speed, memory and the names of its checkpoints."""
     rows = [*metrics(config, "loss"), *metrics(config, "eval/out_of_domain/loss")]
     for row in rows:
-        row.pop("tokens_per_second", None)
+        for speed in ("tokens_per_second", "share_of_peak", "peak_memory"):
+            row.pop(speed, None)
     return rows
 
 

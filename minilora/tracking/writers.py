@@ -33,7 +33,7 @@ class Writer:
 
 
 class ProgressBar(Writer):
-    """The progress bar on stderr: steps done, the last loss, tokens per second."""
+    """The progress bar on stderr: steps done, the last loss, speed, memory."""
 
     def __init__(self, start_step: int, total_steps: int):
         """Show the bar, with `start_step` of `total_steps` steps done."""
@@ -50,10 +50,15 @@ class ProgressBar(Writer):
         self.bar.update()
 
     def log(self, row: dict) -> None:
-        """Show the loss and the tokens per second at the next update."""
-        if "loss" in row:
-            speed = f"{row['tokens_per_second']:,.0f}"
-            self.bar.set_postfix(loss=f"{row['loss']:.4f}", tok_s=speed, refresh=False)
+        """Show the figures of a log entry at the next update."""
+        if "loss" not in row:
+            return
+        shown = {"loss": f"{row['loss']:.4f}", "tok_s": f"{row['tokens_per_second']:,.0f}"}
+        if "share_of_peak" in row:
+            shown["peak"] = f"{row['share_of_peak']:.0%}"
+        if "peak_memory" in row:
+            shown["mem"] = f"{row['peak_memory'] / 2**30:.1f}GiB"
+        self.bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
         """Leave the bar as it is, and end its line."""

@@ -143,6 +143,8 @@ def log_row(step: int, loss: object, **others) -> dict:
         "tokens": 1000 * step,
         "supervised_tokens": 100 * step,
         "tokens_per_second": 23456.7 + step,
+        "share_of_peak": 0.4321,
+        "peak_memory": 3 * 2**29,
         **others,
     }
 
@@ -564,6 +566,9 @@ def test_masks_are_those_of_training(
     assert "7 lines read, 6 kept, 1 dropped" in tables[0] and "<i>rows" in tables[0]
 
 
+NEW_KEYS = ("share_of_peak", "peak_memory")
+
+
 def state(page: Page) -> dict[str, str]:
     """Return the tiles at the top of the page."""
     names = [element["text"] for element in page.all("dt")]
@@ -591,7 +596,12 @@ def test_the_state_of_the_run(report: MakeReport, tmp_path: Path):
         "Last loss": "1.5",
         "Best evaluation": f"{out_of_domain[best]:.5g}out_of_domain/loss, step {best}",
         "Last checkpoint": "checkpoint-50",
+        "Speed": "23,507 tokens/s43.2 % of the matrix peak",
+        "Peak memory": "1.5 GiB",
     }
+    before = [{key: value for key, value in row.items() if key not in NEW_KEYS} for row in rows]
+    shown = state(report(before))  # a run that was begun by an earlier version
+    assert (shown["Speed"], shown["Peak memory"]) == ("23,507 tokens/s", "none yet")
     train = TrainConfig(metric_for_best_model="rougeL", max_steps=1000)
     shown = state(report(rows, config=Config(output_dir=str(tmp_path), train=train)))
     best = max(rouge, key=rouge.__getitem__)

@@ -293,3 +293,16 @@ def test_a_message_has_a_line_of_its_own_beside_the_bar(capsys: pytest.CaptureFi
     cleared, message, drawn_again = capsys.readouterr().err.partition("a message\n")
     assert message and cleared.strip() == "" and cleared.endswith("\r")
     assert "training:" in drawn_again
+
+
+def test_the_bar_shows_loss_speed_and_memory(capsys: pytest.CaptureFixture):
+    bar = ProgressBar(start_step=0, total_steps=5)
+    row = {"step": 1, "loss": 1.5, "tokens_per_second": 12345.6}
+    bar.log(row | {"share_of_peak": 0.4321, "peak_memory": 3 * 2**29})
+    assert bar.bar.postfix == "loss=1.5000, tok_s=12,346, peak=43%, mem=1.5GiB"
+    bar.log({"step": 1, "eval/in_domain/loss": 1.0})
+    assert bar.bar.postfix.startswith("loss=1.5000")
+    bar.log(row)
+    assert bar.bar.postfix == "loss=1.5000, tok_s=12,346"
+    bar.close()
+    capsys.readouterr()
