@@ -286,6 +286,7 @@ print(minilora.generate(model, tokenizer, ["light"], max_new_tokens=4))
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="limits the instructions of an x86 CPU")
 def test_onednn_without_its_instructions_is_noticed(bases):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}

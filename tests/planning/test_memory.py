@@ -131,6 +131,7 @@ def measured_peak(config: Config) -> int:
     return held + peak
 
 
+@pytest.mark.system
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is allocated on a CPU")
 @pytest.mark.parametrize("name", RUNS)
 def test_planned_memory_is_that_of_the_run(name: str, bases: dict[str, Path], tmp_path: Path):
