@@ -103,13 +103,11 @@ def build_for_training(
     bits, double_quant = config.model.bits, config.model.double_quant
     quantized = quantize_base(model, hf_config, directory, bits, double_quant)
     _log_quantized(model, quantized, bits)
-    if lora is None:
-        model.requires_grad_(True)
-    else:
+    model.requires_grad_(full)
+    if lora is not None:
         _freeze_base(model, precision)
         inject(model, lora)  # leaves an embedding and head to train
     prepare_blocks(model, config.train)
-
     _set_dtypes(model, precision)
     layout = _distribute(model, config, precision.compute, device)
 

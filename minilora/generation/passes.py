@@ -77,7 +77,9 @@ class DecodingPasses:
         if params.repetition_penalty != 1.0:
             shape = (num_slots, model.config.vocab_size)
             self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.graphs = PassGraphs() if use_graphs else None
+        self.graphs: PassGraphs | None = None
+        if use_graphs:
+            self.graphs = PassGraphs()
 
     def run(
         self,

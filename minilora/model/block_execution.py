@@ -176,4 +176,6 @@ def _compute_in_tiles(mlp: MLP, tile_tokens: int, compiles: bool) -> None:
         tiles = x.split(tile_tokens)
         return torch.cat([checkpoint(whole, tile, use_reentrant=False) for tile in tiles])
 
-    mlp.forward = torch.compiler.disable(in_tiles) if compiles else in_tiles  # type: ignore[method-assign]
+    mlp.forward = in_tiles  # type: ignore[method-assign]
+    if compiles:
+        mlp.forward = torch.compiler.disable(in_tiles)  # type: ignore[method-assign]

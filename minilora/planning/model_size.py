@@ -71,16 +71,7 @@ def model_size(
     Raises:
         UserError: the model is not supported, or quantized in another way.
     """
-    bits, double_quant = model.bits, model.double_quant
-    stored_bits = checkpoint_bits(hf_config, str(where))
-    if stored_bits not in (16, bits):
-        raise UserError(
-            f"{where} describes a model in {stored_bits} bits: set model.bits={stored_bits} "
-            f"(infer.py --bits {stored_bits})"
-        )
-    if stored_bits == 4:
-        double_quant = bool(hf_config["quantization_config"].get("bnb_4bit_use_double_quant"))
-
+    bits, double_quant = model.bits, _double_quant(hf_config, where, model)
     decoder = DecoderConfig.from_hf(hf_config, str(where))
     decoder = replace(decoder, vocab_size=max(decoder.vocab_size, vocab_size))
     with torch.device("meta"):
@@ -117,6 +108,23 @@ def model_size(
         frozen_block_bytes=_frozen_bytes(block, precision),
         converted_bytes=converted_bytes,
     )
+
+
+def _double_quant(hf_config: dict, where: Path, model: ModelConfig) -> bool:
+    """Return whether 4-bit constants are quantized too: a checkpoint in 4 bits decides itself.
+
+    Raises:
+        UserError: the checkpoint is quantized in another way than `model.bits`.
+    """
+    stored_bits = checkpoint_bits(hf_config, str(where))
+    if stored_bits not in (16, model.bits):
+        raise UserError(
+            f"{where} describes a model in {stored_bits} bits: set model.bits={stored_bits} "
+            f"(infer.py --bits {stored_bits})"
+        )
+    if stored_bits == 4:
+        return bool(hf_config["quantization_config"].get("bnb_4bit_use_double_quant"))
+    return model.double_quant
 
 
 def _trained_elements(module: nn.Module, suffixes: tuple[str, ...] = ("",)) -> int:

@@ -14,7 +14,7 @@ from minilora.checkpoint.trainer_state import TrainerState
 from minilora.errors import RunError
 
 MOST_SKIPPED_IN_A_ROW = 20
-"""After so many skipped steps a float16 run ends. One or two are harmless."""
+"""After this many skipped steps in a row a float16 run ends. One or two are harmless."""
 
 
 class StepMetrics:
