@@ -7,8 +7,8 @@ The model learns to write the category paths of an article. Without --data.train
 the 160 articles in examples/wiki. The weights alone take 14.5 GB in bfloat16.
 
 The source is OLLM's script for Wikipedia, for two GPUs, with all its settings. docs/recipes.md says
-where the arithmetic deviates from OLLM's: the mean of the loss, and label draws that are new in
-each epoch.
+where the arithmetic deviates from OLLM's: the mean of the loss, and draws of dropped labels that
+are new in each epoch (--data.edge_draw once for a single one, as in OLLM's code).
 """
 
 from minilora.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig

@@ -113,6 +113,9 @@ class DataConfig:
     built-in form."""
     edge_dropping: bool = True
     """format=paths: drop labels of over-frequent edges while training (OLLM, arXiv 2410.23584)."""
+    edge_draw: Literal["epoch", "once"] = "epoch"
+    """Which labels edge_dropping drops is drawn anew in each epoch, or once for all epochs, as in
+    OLLM's code."""
     max_seq_length: int = 2048
     """Longest document in tokens; see too_long."""
     too_long: Literal["drop", "truncate", "error"] = "drop"

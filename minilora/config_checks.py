@@ -85,6 +85,12 @@ def _check_format(data: DataConfig) -> None:
         "text" in formats or data.response_marker is None,
         "data.response_marker needs data.format='text'",
     )
+    draws_labels = "paths" in formats and data.edge_dropping
+    require(
+        draws_labels or data.edge_draw == "epoch",
+        "data.edge_draw='once' needs data.format='paths' and data.edge_dropping: "
+        "no other labels are drawn",
+    )
     _check_chat_and_marker(data, "data.")
     require(data.max_seq_length >= 2, "data.max_seq_length must be at least 2")
     _check_file_formats(data)
@@ -268,6 +274,10 @@ def _check_evaluation(config: Config) -> None:
     require(
         not compares_answers or evaluation.num_generate_samples > 0,
         "eval.metrics needs eval.num_generate_samples: the answers that it compares",
+    )
+    require(
+        "ontology" not in evaluation.metrics,
+        "eval.metrics: ontology is a metric of infer.py alone; graph is the one without embedder",
     )
     check_metrics(evaluation.metrics, "eval.metrics")
 

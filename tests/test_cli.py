@@ -12,9 +12,10 @@ import pytest
 
 from minilora import config as config_module
 from minilora.checkpoint.resume import changed_fields
-from minilora.cli import load_config, run_script
+from minilora.cli import load_config
 from minilora.config import Config, flatten_config
 from minilora.errors import RunError, UserError
+from minilora.exit_codes import run_script
 
 FIELDS = {field.name: getattr(Config(), field.name) for field in dataclasses.fields(Config)}
 SECTIONS = {name: type(value) for name, value in FIELDS.items() if dataclasses.is_dataclass(value)}
@@ -308,6 +309,8 @@ def test_config_that_comes_with_the_project_loads(file):
             "train.min_lr_ratio lr_scheduler",
         ),
         ("--train.max_grad_norm -1", "train.max_grad_norm"),
+        ("--data.edge_draw once --data.edge_dropping False", "data.edge_draw data.edge_dropping"),
+        ("--data.edge_draw once --data.format text", "data.edge_draw data.format"),
         ("--train.logging_steps 0", "logging_steps"),
         ("--eval.eval_steps -1", "eval.eval_steps"),
         ("--eval.eval_steps 1.5", "eval.eval_steps"),
@@ -320,6 +323,7 @@ def test_config_that_comes_with_the_project_loads(file):
             "--eval.eval_steps 0 --train.early_stopping_patience 2",
             "eval.eval_steps train.early_stopping_patience",
         ),
+        ("--eval.metrics ontology", "eval.metrics infer.py"),
         (
             "--eval.eval_steps 0 --train.metric_for_best_model loss",
             "eval.eval_steps train.metric_for_best_model",

@@ -50,6 +50,8 @@ VALUES: dict[str, dict[str, object]] = {
         "data.eval_size": 256,
         "eval.eval_steps": 32,
         "train.group_by_length": False,
+        "train.metric_for_best_model": "loss",
+        "train.early_stopping_patience": None,  # it runs to its end, and the best is kept
     },
     "price": {
         **BITS4,

@@ -82,7 +82,7 @@ def find_checkpoint(
     state, saved = read_state(checkpoint)
     changed = changed_fields(config, saved)
     if state.data != fingerprint:
-        changed.append("the tokenized training rows")
+        changed.append("the tokenized training rows, or how often their edges are counted")
     # with another number of documents per step, an epoch's steps would begin and end elsewhere
     if state.docs_per_step != docs_per_step:
         counts = f"{state.docs_per_step} -> {docs_per_step}"

@@ -30,9 +30,22 @@ SETTINGS_NOT_IN_KEY = (
     "train_size",
     "eval_size",
     "eval_first",
+    "edge_dropping",
+    "edge_draw",
     "shuffle",
     "strict",
     "num_workers",
+)
+
+# the arrays of `Documents` that are kept; the others depend on which rows a run uses
+CACHED_ARRAYS = (
+    "tokens",
+    "supervised",
+    "edge_index",
+    "offsets",
+    "row_index",
+    "edge_ids",
+    "keep_offsets",
 )
 
 
@@ -157,9 +170,9 @@ def _cache_key(files: FilesByName, data: DataConfig, tokenizer: Tokenizer) -> st
 
 def _write_cached(documents: Documents, path: Path) -> None:
     """Write documents to the cache. The caller holds the lock, so no other process writes them."""
-    arrays = {
-        name: value for name, value in vars(documents).items() if isinstance(value, np.ndarray)
-    }
+    arrays = {name: getattr(documents, name) for name in CACHED_ARRAYS}
+    # as an array, since the metadata of a safetensors file are limited to 100 MB
+    arrays["edges"] = np.frombuffer(json.dumps(documents.edges).encode(), dtype=np.uint8)
     metadata = {"counts": json.dumps(asdict(documents.counts))}
     temporary = path.with_suffix(".tmp")
     safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
@@ -170,8 +183,9 @@ def _read_cached(path: Path) -> Documents | None:
     """Read documents from the cache; None if they are not there or cannot be read."""
     try:
         with safetensors.safe_open(str(path), "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in CACHED_ARRAYS}
+            edges = [(u, v) for u, v in json.loads(file.get_tensor("edges").tobytes())]
             counts = Counts(**json.loads(file.metadata()["counts"]))
-            return Documents(**arrays, counts=counts)
+            return Documents(**arrays, edges=edges, counts=counts)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
         return None

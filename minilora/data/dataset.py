@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.data.paths import draw_kept
+from minilora.data.example import Edge
+from minilora.data.paths import draw_kept, keep_probabilities
 
 IGNORE_INDEX = -100  # the label of a token without one, as in torch's cross-entropy
 NO_EDGE = -1  # the edge_index of a token that is not part of node v of an edge u -> v
@@ -86,7 +87,7 @@ class Counts:
 
 
 class LabelDraw(NamedTuple):
-    """Which of the random draws of dropped labels to use: each epoch of a run has its own."""
+    """Which of the random draws of dropped labels to use: `epoch` is 0 if all epochs share one."""
 
     seed: int
     epoch: int
@@ -104,10 +105,14 @@ class Documents:
         offsets: int64 [D + 1].
         row_index: int64 [D], a document's row in the files, counted from 0 through all of them;
             it identifies the example in every random draw.
-        keep_probability: float64 [E], probability with which an edge occurrence keeps its labels.
-        keep_offsets: int64 [D + 1]; document i has
-            keep_probability[keep_offsets[i] : keep_offsets[i + 1]].
+        edges: the distinct edges, in the order in which they first occur.
+        edge_ids: int32 [E], for each occurrence of an edge its place in `edges`.
+        keep_offsets: int64 [D + 1]; document i has the occurrences
+            edge_ids[keep_offsets[i] : keep_offsets[i + 1]].
         counts: what became of every line of the files.
+        edge_counts: int64 [len(edges)], n(u, v) of each distinct edge over the documents that an
+            epoch goes through: all of them, until `count_edges` is called for others.
+        keep_probability: float64 [E], probability with which an edge occurrence keeps its labels.
     """
 
     tokens: np.ndarray
@@ -115,9 +120,16 @@ class Documents:
     edge_index: np.ndarray
     offsets: np.ndarray
     row_index: np.ndarray
-    keep_probability: np.ndarray
+    edges: list[Edge]
+    edge_ids: np.ndarray
     keep_offsets: np.ndarray
     counts: Counts
+    edge_counts: np.ndarray = field(init=False)
+    keep_probability: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Count the edges of all documents."""
+        self.count_edges(np.arange(len(self)))
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -127,6 +139,25 @@ class Documents:
     def lengths(self) -> np.ndarray:
         """Number of tokens of each document, int64 [D]."""
         return np.diff(self.offsets)
+
+    def count_edges(self, indices: np.ndarray, edge_dropping: bool = True) -> None:
+        """Count the edges that a run trains on, and set how likely each keeps its labels.
+
+        Args:
+            indices: the documents that an epoch goes through; one that is there several times
+                counts as often.
+            edge_dropping: False to keep every label, whatever the counts.
+        """
+        uses_of_document = np.bincount(indices, minlength=len(self))
+        uses_of_occurrence = np.repeat(uses_of_document, np.diff(self.keep_offsets))
+        # bincount sums in float64, which is exact for counts below 2**53
+        counts = np.bincount(self.edge_ids, uses_of_occurrence, minlength=len(self.edges))
+        self.edge_counts = counts.astype(np.int64)
+
+        if edge_dropping:
+            self.keep_probability = keep_probabilities(self.edge_counts)[self.edge_ids]
+        else:
+            self.keep_probability = np.ones(len(self.edge_ids))
 
     def ids(self, i: int) -> np.ndarray:
         """Return the token ids of document i, int32 [t]."""

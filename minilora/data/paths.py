@@ -6,17 +6,16 @@ Science -> Physics -> Optics. The model learns to write the paths, one a line.
 Why labels are dropped: edges near the root of the graph occur in very many paths, edges near the
 leaves in few. Trained on every label, the model memorizes the frequent edges and overfits them
 long before it has learnt the rare ones. OLLM (arXiv 2410.23584, section 3.2) evens this out. Let
-n(u, v) be how often the edge u -> v occurs in the training file, and M the mean of n over all
-distinct edges. Each time a document is trained on, every occurrence of u -> v keeps the labels of
-its node v with probability min(1, M / n(u, v)). In expectation an edge is then trained on min(n, M)
-times per epoch: frequent edges are held at the mean, and all others keep every label. (n counts
-every row once, whatever data.train_size and data.train_weights take of them.)
+n(u, v) be how often the edge u -> v occurs in the rows of an epoch (those that data.train_size and
+data.train_weights leave; a row that is used twice counts twice), and M the mean of n over these
+rows' distinct edges. Each time a document is trained on, every occurrence of u -> v keeps the
+labels of its node v with probability min(1, M / n(u, v)). In expectation an edge is then trained on
+min(n, M) times per epoch: frequent edges are held at the mean, and all others keep every label.
 
 The tokens of a dropped node stay in the text, where later tokens attend to them; the loss merely
 leaves them out, all tokens of the node together. Evaluation uses every label.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -86,17 +85,21 @@ def path_edges(paths: Iterable[Sequence[str]]) -> list[Edge]:
     return edges
 
 
-def keep_probabilities(counts: Counter[Edge]) -> dict[Edge, float]:
+def keep_probabilities(counts: np.ndarray) -> np.ndarray:
     """Return the probability min(1, M / n) with which each edge keeps its labels.
 
     Args:
-        counts: n(u, v), the occurrences of each edge in all paths of the training file. M is
-            their mean.
+        counts: n(u, v) of each distinct edge, int64 [edges]. M is the mean of those above 0.
+
+    Returns:
+        float64 [edges]; 1 for an edge with n = 0, which is not trained on.
     """
-    if not counts:
-        return {}
-    mean = sum(counts.values()) / len(counts)
-    return {edge: min(1.0, mean / n) for edge, n in counts.items()}
+    probabilities = np.ones(len(counts))
+    trained_on = counts > 0
+    if trained_on.any():
+        mean = counts[trained_on].mean()
+        probabilities[trained_on] = np.minimum(1.0, mean / counts[trained_on])
+    return probabilities
 
 
 def draw_kept(probabilities: np.ndarray, seed: int, epoch: int, index: int) -> np.ndarray:
@@ -110,7 +113,7 @@ def draw_kept(probabilities: np.ndarray, seed: int, epoch: int, index: int) -> n
     Args:
         probabilities: float64 [occurrences], of keeping the labels.
         seed: the run's seed.
-        epoch: counted from 0.
+        epoch: counted from 0; with data.edge_draw="once" always 0.
         index: the row's place in all data files together, counted from 0
             (`Documents.row_index`). A row that an epoch uses twice has the same draw both times.
 

@@ -6,7 +6,7 @@ that a user types is first made a row (`row_of_text`).
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from string import Formatter
 
 from minilora.config import DataConfig
@@ -188,19 +188,13 @@ def reference_of_row(row: dict, data: DataConfig) -> str:
     return response
 
 
-def references_of(
-    path: str,
-    rows: Iterable[tuple[int, dict]],
-    data: DataConfig,
-    read_reference: Callable[[dict, DataConfig], str] = reference_of_row,
-) -> list[str]:
+def references_of(path: str, rows: Iterable[tuple[int, dict]], data: DataConfig) -> list[str]:
     """Return what the answers to a file's rows should be.
 
     Args:
         path: the file's name, for messages.
         rows: (line number, row) of each.
         data: the format of the rows.
-        read_reference: returns the reference of a row.
 
     Raises:
         UserError: a row has no reference; the message names file, line and field.
@@ -208,7 +202,7 @@ def references_of(
     references = []
     for number, row in rows:
         try:
-            references.append(read_reference(row, data))
+            references.append(reference_of_row(row, data))
         except RowError as error:
             raise UserError(
                 f"{path}:{number}: --metrics needs what each answer should be: {error}"

@@ -10,7 +10,6 @@ Shapes:
 
 import multiprocessing
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from minilora.data.dataset import NO_EDGE, Counts, Documents
 from minilora.data.dataset_files import SETTING_NAMES
 from minilora.data.example import Edge, Example, RowError, Span
 from minilora.data.formats import build_examples, parse_row
-from minilora.data.paths import keep_probabilities
 from minilora.data.sources import FilesByName, Line, first_rows, read_lines
 from minilora.data.tokenizer import Encoding, Tokenizer
 from minilora.errors import UserError
@@ -62,7 +60,7 @@ class RowResult:
     Attributes:
         row_index: the row's place in the files, counted from 0 through all of them.
         documents: the row's documents; none if it was dropped.
-        edges: the edge of every occurrence in the row, also of a row that was dropped as too long.
+        edges: the edge of every occurrence in the row; none if it was dropped.
         dropped_because: the reason under which a dropped row is counted.
         message: `file:line: what is wrong` of a dropped row.
     """
@@ -107,8 +105,7 @@ def tokenize_files(
     """Tokenize every usable row of some files, and count what became of the others.
 
     Args:
-        files: the files, by the names that the setting holds; see `sources.data_files`. How often
-            an edge occurs is counted over all of them that have the format paths.
+        files: the files, by the names that the setting holds; see `sources.data_files`.
         data: settings of the format, of the files that have another one, of the longest document,
             and the number of worker processes.
         tokenizer: the tokenizer, with its chat template.
@@ -129,21 +126,23 @@ def tokenize_files(
     )
 
     kept: list[RowResult] = []
-    edge_counts: Counter[Edge] = Counter()
+    edge_ids: list[np.ndarray] = []  # of each kept row
+    id_of_edge: dict[Edge, int] = {}
     results_of_chunks = _tokenize_chunks(chunks, data, tokenizer)
     for chunk, results in zip(chunks, results_of_chunks, strict=True):
         bar.update(len(results))
         for result in results:
-            edge_counts.update(result.edges)
             _count_row(result, chunk.name, counts)
             if result.documents:
                 kept.append(result)
+                edge_ids.append(_number_edges(result.edges, id_of_edge))
+                result.edges.clear()  # so that memory holds the names of each edge only once
     bar.close()
 
     too_long = counts.dropped.get(_too_long_reason(data))
     if too_long and data.too_long == "error":
         raise UserError(f"data.too_long=error: {too_long[0]}")
-    return _to_documents(kept, edge_counts, data.edge_dropping, counts)
+    return _to_documents(kept, edge_ids, list(id_of_edge), counts)
 
 
 def format_counts(counts: Counts) -> str:
@@ -205,34 +204,41 @@ def _count_row(result: RowResult, name: str, counts: Counts) -> None:
         counts.truncated += 1
 
 
+def _number_edges(edges: list[Edge], id_of_edge: dict[Edge, int]) -> np.ndarray:
+    """Return the id of each edge, int32; edges that are not in `id_of_edge` get the next ones."""
+    ids = [id_of_edge.setdefault(edge, len(id_of_edge)) for edge in edges]
+    return np.array(ids, dtype=np.int32)
+
+
 def _to_documents(
-    kept: list[RowResult], edge_counts: Counter[Edge], edge_dropping: bool, counts: Counts
+    kept: list[RowResult], edge_ids: list[np.ndarray], edges: list[Edge], counts: Counts
 ) -> Documents:
-    """Lay the documents of all rows end to end, each edge occurrence with its probability."""
-    probability_of = keep_probabilities(edge_counts)
+    """Lay the documents of all rows end to end.
+
+    Args:
+        kept: the rows.
+        edge_ids: of each row, int32: for each occurrence of an edge its place in `edges`.
+        edges: the distinct edges.
+        counts: what became of every line of the files.
+    """
     documents: list[TokenizedExample] = []
     row_indices: list[int] = []
-    probabilities: list[float] = []
-    num_edges: list[int] = []  # of each document
-    for result in kept:
-        row_probabilities = [probability_of[edge] for edge in result.edges]
+    ids_of_documents: list[np.ndarray] = []
+    for result, ids_of_row in zip(kept, edge_ids, strict=True):
         for document in result.documents:
             documents.append(document)
             row_indices.append(result.row_index)
-            probabilities += row_probabilities
-            num_edges.append(len(row_probabilities))
+            ids_of_documents.append(ids_of_row)
 
-    keep_probability = np.array(probabilities, dtype=np.float64)
-    if not edge_dropping:
-        keep_probability = np.ones_like(keep_probability)
     return Documents(
         tokens=_concatenate([d.ids for d in documents], np.int32),
         supervised=_concatenate([d.supervised for d in documents], np.bool_),
         edge_index=_concatenate([d.edge_index for d in documents], np.int32),
         offsets=_offsets([len(d.ids) for d in documents]),
         row_index=np.array(row_indices, dtype=np.int64),
-        keep_probability=keep_probability,
-        keep_offsets=_offsets(num_edges),
+        edges=edges,
+        edge_ids=_concatenate(ids_of_documents, np.int32),
+        keep_offsets=_offsets([len(ids) for ids in ids_of_documents]),
         counts=counts,
     )
 
@@ -317,8 +323,8 @@ def tokenize_row(
         if line.is_blank:
             raise RowError("blank line", "blank")
         examples = build_examples(parse_row(line), data, tokenizer)
-        result.edges = examples[0].edges  # before tokenizing: rows that are too long count too
         result.documents = [tokenize_example(example, data, tokenizer) for example in examples]
+        result.edges = examples[0].edges
     except RowError as error:
         result.dropped_because = error.reason
         result.message = f"{file_name}:{line.number}: {error}"

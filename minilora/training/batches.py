@@ -75,8 +75,10 @@ class TrainingBatches:
         docs = self._indices_of_epoch(epoch)[start : start + self.docs_per_step]
 
         micro_batches = rank_micro_batches(docs, self.config.train.batch_size, shard_count)
+        draw_epoch = 0 if self.config.data.edge_draw == "once" else epoch
+        draw = LabelDraw(self.config.seed, draw_epoch)
         for i, indices in enumerate(micro_batches):
-            batch = self.data.documents.batch(indices, draw=LabelDraw(self.config.seed, epoch))
+            batch = self.data.documents.batch(indices, draw=draw)
             yield MicroBatch(
                 tokens=distributed.to_device(batch.tokens, device),
                 lengths=batch.lengths,

@@ -24,7 +24,7 @@ class TrainingData:
     """The documents of a run.
 
     Attributes:
-        documents: the tokenized training files.
+        documents: the tokenized training files, their edges counted over `train_indices`.
         train_indices: which of the documents an epoch goes through, int64; a document may be
             there several times (data.train_weights).
         eval_sets: in_domain, drawn from the training files, then out_of_domain if there is
@@ -93,6 +93,7 @@ def load_data(config: Config, tokenizer: Tokenizer, base: Path) -> TrainingData:
     if not trains_embeddings(config):
         warn_about_unlearnt_tokens(documents, tokenizer, base)
     train_indices = training_indices(documents, data, config.seed)
+    documents.count_edges(train_indices, data.edge_dropping)
     return TrainingData(documents, train_indices, eval_sets)
 
 

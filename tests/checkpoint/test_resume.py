@@ -53,6 +53,7 @@ INFLUENTIAL = {
     "data.prompt_template": "{title}",
     "data.chat": False,
     "data.edge_dropping": False,
+    "data.edge_draw": "once",
     "data.max_seq_length": 7,
     "data.too_long": "truncate",
     "data.shuffle": False,

@@ -54,8 +54,10 @@ def test_the_second_load_tokenizes_nothing(encoded, tmp_path):
     first = load_rows(tmp_path, ROWS)
     assert len(encoded) == 2
     unrelated = {"shuffle": False, "num_workers": 2, "train_size": 1, "eval_size": 1}
-    second = load_rows(tmp_path, ROWS, **unrelated, eval_file="x")
+    of_draws = {"edge_dropping": False, "edge_draw": "once"}
+    second = load_rows(tmp_path, ROWS, **unrelated, **of_draws, eval_file="x")
     assert len(encoded) == 2 and are_same(first, second)
+    assert second.edges == [("a", "b"), ("a", "é")] and second.edge_ids.tolist() == [0, 0, 1]
     message = second.counts.dropped["malformed"][0]
     assert message.startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
 
@@ -66,7 +68,6 @@ def test_the_second_load_tokenizes_nothing(encoded, tmp_path):
         {"max_seq_length": 30},
         {"too_long": "truncate"},
         {"chat": False},
-        {"edge_dropping": False},
         {"format": "prompt", "prompt_template": "{title}", "response_template": "{abstract}"},
         {"format": "text", "response_marker": None},
     ],

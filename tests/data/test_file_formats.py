@@ -10,7 +10,8 @@ import pytest
 
 from helpers.data_rows import GOOD_ROWS, chat_row, same_arrays, tokenizer
 from helpers.tiny_runs import write_paths
-from minilora.config import DataConfig, RowFormat
+from minilora.config import Config, DataConfig, RowFormat
+from minilora.config_checks import validate
 from minilora.data import cache
 from minilora.data import tokenize as tokenize_module
 from minilora.data.cache import load_documents
@@ -74,6 +75,14 @@ def test_each_file_is_read_in_its_own_format(files):
         for row in part.row_index
     ]
     assert together.row_index.tolist() == rows
+
+
+def test_a_setting_of_draws_needs_one_file_with_paths():
+    data = DataConfig(train_file=("a", "b"), format="text", eval_file=None, edge_draw="once")
+    with pytest.raises(UserError, match=r"data\.edge_draw"):
+        validate(Config(data=data))
+    data.file_formats = {"b": RowFormat(format="paths")}
+    validate(Config(data=data))
 
 
 def test_the_table_of_counts_has_each_file(files):

@@ -1,7 +1,6 @@
 """Category paths as text, and the draws that drop labels of over-frequent edges."""
 
 import random
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +20,7 @@ from helpers.category_paths import (
 )
 from helpers.data_rows import EVERY_TOKENIZER, build_example, load_rows, tokenizer
 from minilora.config import DataConfig
-from minilora.data.dataset import IGNORE_INDEX, LabelDraw
+from minilora.data.dataset import IGNORE_INDEX, Documents, LabelDraw
 from minilora.data.paths import draw_kept, keep_probabilities, path_edges
 
 # ---- the text
@@ -238,7 +237,10 @@ def test_draws_of_a_repeated_edge_differ(tmp_path):
 
 def test_draw_keeps_everything_without_edge_dropping(tmp_path):
     rows = [paths_row([["r", "x"], ["r", "x"], ["r", "y"]])] * 3
-    documents = load_rows(tmp_path, rows, edge_dropping=False)
+    documents = load_rows(tmp_path, rows)
+    assert documents.keep_probability.min() < 1
+    documents.count_edges(np.arange(3), edge_dropping=False)
+    assert documents.edge_counts.tolist() == [6, 3], "they are counted all the same"
     assert (documents.keep_probability == 1).all()
     assert len(documents.keep_probability) == 9
     for epoch in range(50):
@@ -253,21 +255,22 @@ def test_keep_probabilities_are_those_of_the_paper():
     paths = [["a", "b", "c"], ["a", "b"], ["d"], ["a", "a"]]
     assert path_edges(paths) == [("a", "b"), ("b", "c"), ("a", "b"), ("a", "a")]
     counts = edge_counts([paths])
-    expected = {edge: expected_rate(counts, edge) for edge in counts}
-    assert keep_probabilities(counts) == pytest.approx(expected)
-    assert keep_probabilities(Counter()) == {}
+    found = keep_probabilities(np.array([*counts.values()]))
+    assert found.tolist() == [expected_rate(counts, edge) for edge in counts]
+    assert keep_probabilities(np.empty(0, dtype=np.int64)).tolist() == []
+    assert keep_probabilities(np.zeros(2, dtype=np.int64)).tolist() == [1, 1]
+    assert keep_probabilities(np.array([0, 3, 0, 1])).tolist() == [1, 2 / 3, 1, 1], "M is 2, not 1"
 
     rng = random.Random(6)
     counts = edge_counts([random_paths(rng) for _ in range(300)])
-    expected = {edge: expected_rate(counts, edge) for edge in counts}
-    found = keep_probabilities(counts)
-    assert found == pytest.approx(expected)
-    assert min(found.values()) < 0.5
-    assert max(found.values()) == 1
+    found = keep_probabilities(np.array([*counts.values()]))
+    assert found.tolist() == [expected_rate(counts, edge) for edge in counts], "to the bit"
+    assert found.min() < 0.5
+    assert found.max() == 1
 
 
-def test_edges_are_counted_over_the_whole_file(tmp_path):
-    """Also in rows too long to train on, but not in rows that cannot be read."""
+def test_edges_are_not_counted_in_rows_that_are_dropped(tmp_path):
+    """Neither in those that are too long nor in those that cannot be read."""
     often = [["r", "x"]] * 3
     rows = [
         paths_row([["r", "x"], ["r", "y"]]),
@@ -279,8 +282,62 @@ def test_edges_are_counted_over_the_whole_file(tmp_path):
     documents = load_rows(tmp_path, rows, max_seq_length=100)
     assert documents.row_index.tolist() == [0, 4]
     assert sum(map(len, documents.counts.dropped.values())) == 3
-    counts = edge_counts([rows[0]["paths"], rows[1]["paths"], rows[4]["paths"]])
-    assert counts == {("r", "x"): 4, ("r", "y"): 2}
-    expected = [expected_rate(counts, edge) for edge in (("r", "x"), ("r", "y"), ("r", "y"))]
-    assert expected == [3 / 4, 1, 1]
-    assert documents.keep_probability.tolist() == pytest.approx(expected)
+    assert documents.edges == [("r", "x"), ("r", "y")]
+    assert documents.edge_counts.tolist() == [1, 2]
+    assert documents.edge_ids.tolist() == [0, 1, 1]
+    assert documents.keep_probability.tolist() == [1, 3 / 4, 3 / 4]
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[list[str]]], Documents]:
+    """The paths of forty rows, and their documents."""
+    rng = random.Random(7)
+    all_paths = [random_paths(rng) for _ in range(40)]
+    rows = [paths_row(paths) for paths in all_paths]
+    return all_paths, load_rows(tmp_path_factory.mktemp("forty"), rows)
+
+
+def occurrences_of(documents: Documents, i: int, of_occurrences: np.ndarray) -> list:
+    """Return what an array of length E holds for document i."""
+    return of_occurrences[documents.keep_offsets[i] : documents.keep_offsets[i + 1]].tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_edges_are_counted_over_the_rows_trained_on(seed: int, forty):
+    """As loops over the rows count them, with some rows left out and others used several times."""
+    all_paths, documents = forty
+    rng = np.random.default_rng(seed)
+    indices = rng.integers(40, size=rng.integers(1, 120))
+    counts = edge_counts([all_paths[i] for i in indices])
+
+    documents.count_edges(indices)
+    found = zip(documents.edges, documents.edge_counts.tolist(), strict=True)
+    assert dict(found) == {edge: counts[edge] for edge in documents.edges}
+    for i, paths in enumerate(all_paths):
+        edges = [documents.edges[k] for k in occurrences_of(documents, i, documents.edge_ids)]
+        assert edges == path_edges(paths)
+        rates = occurrences_of(documents, i, documents.keep_probability)
+        assert rates == [expected_rate(counts, edge) if counts[edge] else 1 for edge in edges]
+        if i in indices:
+            assert all(counts[edge] for edge in edges)
+
+
+def test_counts_do_not_depend_on_the_order_of_the_rows(forty):
+    _, documents = forty
+    indices = np.array([5, 5, 0, 31, 8, 8, 8, 17])
+    documents.count_edges(indices)
+    counts, rates = documents.edge_counts.tolist(), documents.keep_probability.tolist()
+    assert documents.edge_counts.dtype == np.int64 and min(rates) < 1
+    documents.count_edges(indices[::-1])
+    assert documents.edge_counts.tolist() == counts
+    assert documents.keep_probability.tolist() == rates
+
+
+def test_a_row_used_twice_counts_twice_and_changes_no_probability_if_all_are(forty):
+    _, documents = forty
+    once = np.arange(40)
+    documents.count_edges(once)
+    counts, rates = documents.edge_counts, documents.keep_probability.tolist()
+    documents.count_edges(np.concatenate([once, once]))
+    assert (documents.edge_counts == 2 * counts).all()
+    assert documents.keep_probability.tolist() == rates, "to the bit"

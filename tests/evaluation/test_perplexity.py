@@ -28,7 +28,8 @@ def make_documents(lengths: list[int]) -> Documents:
         edge_index=np.full(offsets[-1], -1, dtype=np.int32),
         offsets=offsets,
         row_index=np.arange(len(lengths)),
-        keep_probability=np.empty(0),
+        edges=[],
+        edge_ids=np.empty(0, dtype=np.int32),
         keep_offsets=np.zeros(len(lengths) + 1, dtype=np.int64),
         counts=Counts("made"),
     )

@@ -116,7 +116,7 @@ def arrays_of(documents: Documents) -> dict[str, np.ndarray]:
 def same_arrays(a: Documents, b: Documents) -> bool:
     """Return whether documents have the same arrays: names, dtypes and values."""
     arrays, others = arrays_of(a), arrays_of(b)
-    assert list(arrays) == list(others) and len(arrays) == 7
+    assert list(arrays) == list(others) and len(arrays) == 9
     return all(
         array.dtype == others[name].dtype and np.array_equal(array, others[name])
         for name, array in arrays.items()
@@ -124,8 +124,8 @@ def same_arrays(a: Documents, b: Documents) -> bool:
 
 
 def are_same(a: Documents, b: Documents) -> bool:
-    """Return whether documents have the same arrays and counts."""
-    return a.counts == b.counts and same_arrays(a, b)
+    """Return whether documents have the same arrays, edges and counts."""
+    return a.counts == b.counts and a.edges == b.edges and same_arrays(a, b)
 
 
 def to_parquet(rows: list[dict]) -> bytes:

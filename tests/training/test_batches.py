@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minilora.config import Config
-from minilora.data.dataset import Counts, Documents
+from minilora.data.dataset import Counts, Documents, LabelDraw
 from minilora.training.batches import TrainingBatches, rank_micro_batches, step_seed
 from minilora.training.datasets import TrainingData
 
@@ -26,7 +26,8 @@ def make_data(indices: np.ndarray | None = None) -> TrainingData:
         edge_index=np.full(len(tokens), -1, dtype=np.int32),
         offsets=offsets,
         row_index=np.arange(NUM_DOCUMENTS),
-        keep_probability=np.empty(0),
+        edges=[],
+        edge_ids=np.empty(0, dtype=np.int32),
         keep_offsets=np.zeros(NUM_DOCUMENTS + 1, dtype=np.int64),
         counts=Counts("made"),
     )
@@ -105,6 +106,37 @@ def test_documents_that_are_not_trained_on_never_appear():
     batches = TrainingBatches(make_data(indices), make_config(batch_size=1))
     steps = [documents_of_step(batches, step) for step in range(4)]
     assert sorted(doc for (docs,) in steps for doc in docs) == indices.tolist()
+
+
+@pytest.mark.parametrize("edge_draw", ["epoch", "once"])
+def test_labels_are_drawn_anew_in_each_epoch_or_once(edge_draw: str):
+    """Document 3 is used twice in each epoch: both times with the same draw."""
+    data = make_data(np.array([1, 3, 3, 8]))
+    for i in range(NUM_DOCUMENTS):  # token j of a document is the node of its edge occurrence j - 1
+        data.documents.edge_index[data.documents.offsets[i] + 1 : data.documents.offsets[i + 1]] = (
+            np.arange(i + 1)
+        )
+    data.documents.keep_offsets = np.cumsum([0, *range(1, NUM_DOCUMENTS + 1)])
+    data.documents.keep_probability = np.full(data.documents.keep_offsets[-1], 0.5)
+    config = make_config(batch_size=1, epochs=6.0)
+    config.data.edge_draw = edge_draw
+
+    batches = TrainingBatches(data, config)
+    labels_of: dict[int, list[list[int]]] = {1: [], 3: [], 8: []}
+    for step in range(batches.total_steps):
+        (micro_batch,) = batches.of_step(step, 1, CPU)
+        labels_of[int(micro_batch.tokens[0])].append(micro_batch.labels.tolist())
+        twin = data.documents.labels(int(micro_batch.tokens[0]), LabelDraw(config.seed, step // 4))
+        if edge_draw == "epoch" or step < 4:
+            assert micro_batch.labels.tolist() == twin.tolist()
+
+    assert labels_of[3][0::2] == labels_of[3][1::2], "the two uses of an epoch"
+    num_different = [len({tuple(labels) for labels in labels_of[i]}) for i in (3, 8)]
+    if edge_draw == "once":
+        assert num_different == [1, 1]
+    else:
+        assert min(num_different) > 3
+    assert any(-100 in labels[1:] for labels in labels_of[8])
 
 
 def test_micro_batches_count_their_tokens():

@@ -62,6 +62,32 @@ def test_train_size_draws_from_the_weighted_rows(files, documents):
     assert share - 0.1 < of_first < share + 0.1
 
 
+def test_edges_are_counted_over_the_rows_of_an_epoch(files, tmp_path):
+    """After train_weights and train_size; evaluation files have no part in it."""
+    base = base_model(tmp_path / "base")
+    settings = {"data__train_file": files, "data__train_weights": (2.0, 0.5, 1.0)}
+    run = config(tmp_path, base, **settings, data__train_size=11, data__eval_file=files[0])
+    loaded = load_data(run, make_tokenizer(run, base), base)
+    documents, indices = loaded.documents, loaded.train_indices
+    assert len(indices) == 11 > len({*indices.tolist()}), "a row is there twice"
+
+    counts: Counter[int] = Counter()
+    for i in indices:
+        begin, end = documents.keep_offsets[i : i + 2]
+        counts.update(documents.edge_ids[begin:end].tolist())
+    numbers = range(len(documents.edges))
+    assert documents.edge_counts.tolist() == [counts[number] for number in numbers]
+    assert min(counts[number] for number in numbers) == 0, "some edges are not trained on"
+    mean = counts.total() / len(counts)
+    expected = [min(1.0, mean / max(counts[number], 1)) for number in documents.edge_ids.tolist()]
+    assert documents.keep_probability.tolist() == expected and min(expected) < 1
+
+    run.data.edge_dropping = False
+    kept = load_data(run, make_tokenizer(run, base), base).documents
+    assert kept.edge_counts.tolist() == documents.edge_counts.tolist()
+    assert (kept.keep_probability == 1).all()
+
+
 @pytest.mark.parametrize("settings", [{}, {"train__max_steps": 2}])
 def test_weights_that_leave_no_row_are_named(settings, tmp_path):
     base = base_model(tmp_path / "base")
