@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d: Python >= 3.11 is needed, try make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e '.[test,track,eval,judge,parquet]'
+	$(BIN)/pip install -c constraints.txt -e '.[test,track,eval,ontology,judge,parquet]'
 	touch $@
 
 # One process more than there are cores, because some tests wait; at most 8. A file stays on one

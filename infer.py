@@ -18,16 +18,18 @@ from typing import NoReturn
 import tyro
 
 from minilora import distributed
-from minilora.cli import run_script
 from minilora.config import DataConfig
 from minilora.config_files import load_config_file
 from minilora.errors import RunError, UserError
-from minilora.evaluation import score_answers
+from minilora.evaluation import answer_graphs, score_answers
+from minilora.evaluation.answer_graphs import GraphScores, GraphScoring
+from minilora.evaluation.category_graph import Figures, write_graph
 from minilora.evaluation.compare import compare_table, other_model_figures, read_other
 from minilora.evaluation.judge import JudgeEndpoint, check_judge
-from minilora.evaluation.ontology import Figures, Thresholds
+from minilora.evaluation.pruning import Thresholds
 from minilora.evaluation.rubric import Rubric
 from minilora.evaluation.text import check_metrics
+from minilora.exit_codes import run_script
 from minilora.generation.answering import (
     TextGenerator,
     answer_samples,
@@ -49,6 +51,7 @@ from minilora.generation.sampling import SamplingParams
 from minilora.hub import DESCRIPTION_FILES, HUB_FILES
 from minilora.loading import ModelFiles, find_model, load_files
 from minilora.planning.answering import describe_plan, plan_answers
+from minilora.tracking.graph_page import write_graph_page
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def answer_file(args: Args, source: str, output: str, rubric: Rubric | None) -> 
         raise UserError(f"--input: {source!r} has no rows")
     prepared = prepare(args)
     samples = wanted_samples(rows, args.question.num_samples)
-    check_scores(args, source, rows, prepared, rubric)
+    graph_scoring = check_scores(args, source, rows, prepared, rubric)
 
     # a process that has finished its share waits for the others, possibly for days
     timeout = datetime.timedelta(days=7)
@@ -202,7 +205,9 @@ def answer_file(args: Args, source: str, output: str, rubric: Rubric | None) -> 
     distributed.log(f"{len(answers)} of {num_wanted} answers: {output}{goes_on}")
     distributed.destroy_process_group()
     if distributed.rank() == 0 and answers:  # the other processes are done
-        score(args, prepared, generator, answers, rubric)
+        score_metrics(args, prepared, generator, answers, graph_scoring)
+        if rubric is not None:
+            judge(args, prepared, rubric)
     return 0
 
 
@@ -226,104 +231,123 @@ def settings_of_job(args: Args, prepared: PreparedModel) -> dict:
 
 def check_scores(
     args: Args, source: str, rows: Sequence[Row], prepared: PreparedModel, rubric: Rubric | None
-) -> None:
-    """Check that rows have what metrics and judge need. Raises UserError naming file and line."""
-    data = prepared.writer.data
-    if args.scoring.metrics:
-        score_answers.check_references(source, rows, data, args.scoring.metrics)
+) -> GraphScoring | None:
+    """Check that rows have what metrics and judge need, and read what is compared with.
+
+    Returns:
+        How the answers' graph is scored; None if no metric is of the graph.
+
+    Raises:
+        UserError: something is missing or wrong; for a row, the message names file and line.
+    """
+    data, metrics = prepared.writer.data, args.scoring.metrics
+    compared = answer_graphs.metrics_of_references(metrics, args.ontology)
+    if compared:
+        score_answers.check_references(source, rows, data, compared)
     if rubric is not None:
         score_answers.check_judge_references(source, rows, data, rubric)
+    return answer_graphs.prepare_graph_scoring(metrics, args.ontology, source, rows, data)
 
 
-def score(
+def score_metrics(
     args: Args,
     prepared: PreparedModel,
     generator: TextGenerator | None,
     answers: list[dict],
-    rubric: Rubric | None,
+    graph_scoring: GraphScoring | None,
 ) -> None:
-    """Score answers with --metrics and --judge.
+    """Score answers with --metrics; print the figures and write them beside the output.
 
     Args:
         args: the command's arguments.
         prepared: the model.
         generator: the same with its weights if they are loaded already; None: they are loaded here
             if --metrics has loss or ppl.
-        answers: the rows of the output; figures and verdicts are written beside it.
-        rubric: the judge's criteria, with --judge.
+        answers: the rows of the output.
+        graph_scoring: how their graph is scored, if it is.
     """
-    scoring, data = args.scoring, prepared.writer.data
-    output = Path(args.question.output or "")
-    if scoring.metrics:
-        thresholds = None
-        if scoring.prune_on:
-            thresholds = score_answers.find_thresholds(scoring.prune_on, data)
-        graph_file = output.with_name(output.stem + ".graph.json")
-        figures = answer_figures(args, prepared, answers, thresholds, graph_file)
-        if set(scoring.metrics) & set(score_answers.MODEL_METRICS):
-            generator = generator or load(args, prepared)
-            source, limit = args.question.input or "", args.question.limit
-            figures |= score_answers.model_figures(generator, source, scoring.metrics, limit)
+    scoring, output = args.scoring, Path(args.question.output or "")
+    if not scoring.metrics:
+        return
+    thresholds = None
+    if graph_scoring is not None:
+        thresholds = answer_graphs.find_thresholds(graph_scoring)
+    figures, graphs = answer_figures(args, prepared, answers, graph_scoring, thresholds)
+    if graphs is not None:
+        write_graphs(graphs, output)
+    if set(scoring.metrics) & set(score_answers.MODEL_METRICS):
+        generator = generator or load(args, prepared)
+        source, limit = args.question.input or "", args.question.limit
+        figures |= score_answers.model_figures(generator, source, scoring.metrics, limit)
 
-        if scoring.compare:
-            score_answers.write_figures(figures, output)
-            compare(args, prepared, answers, figures, thresholds)
-        else:
-            score_answers.report_figures(figures, output)
-
-    if scoring.judge and rubric is not None:
-        endpoint = JudgeEndpoint(scoring.judge, scoring.judge_model, scoring.judge_requests)
-        score_answers.judge_answers(output, endpoint, rubric, data)
+    if not scoring.compare:
+        score_answers.report_figures(figures, output)
+        return
+    score_answers.write_figures(figures, output)
+    other = scoring.compare
+    there, here = read_other(other, answers)
+    distributed.log(f"{len(here)} of {len(answers)} answers are compared: those in {other} too")
+    before, _ = answer_figures(args, prepared, there, graph_scoring, thresholds)
+    after, _ = answer_figures(args, prepared, here, graph_scoring, thresholds)
+    before |= other_model_figures(other, figures)
+    after |= {name: value for name, value in figures.items() if name not in after}
+    print(compare_table(before, after, other, str(output)))
 
 
 def answer_figures(
     args: Args,
     prepared: PreparedModel,
     answers: Sequence[dict],
+    graph_scoring: GraphScoring | None,
     thresholds: Thresholds | None,
-    graph_file: Path | None,
-) -> Figures:
+) -> tuple[Figures, GraphScores | None]:
     """Compute the figures of --metrics that are of the answers' texts.
 
     Args:
         args: the command's arguments.
         prepared: the model.
         answers: rows of an output.
-        thresholds: of --prune_on.
-        graph_file: where to write the answers' graph with the metric graph; None: nowhere.
+        graph_scoring: how their graph is scored, if it is.
+        thresholds: for pruning the graph.
+
+    Returns:
+        The figures, and the answers' graph if it is scored.
     """
     writer, metrics = prepared.writer, args.scoring.metrics
-    references = score_answers.visible_references(answers, writer.data, writer.tokenizer)
+    references: list[str] = []
+    if answer_graphs.metrics_of_references(metrics, args.ontology):
+        references = score_answers.visible_references(answers, writer.data, writer.tokenizer)
     figures = score_answers.text_figures(answers, references, metrics)
-    if "graph" in metrics:
-        figures |= score_answers.graph_figures(answers, references, thresholds, graph_file)
-    return figures
+    if graph_scoring is None:
+        return figures, None
+    documents = answer_graphs.documents_of(answers)
+    scores = answer_graphs.score_graph(graph_scoring, documents, references, thresholds)
+    return figures | scores.figures, scores
 
 
-def compare(
-    args: Args,
-    prepared: PreparedModel,
-    answers: Sequence[dict],
-    figures: Figures,
-    thresholds: Thresholds | None,
-) -> None:
-    """Print the figures of --compare's answers and of these, over the rows that both answered.
+def write_graphs(scores: GraphScores, output: Path) -> None:
+    """Write the answers' graph beside the output: as JSON, and as a page to look at.
 
-    Args:
-        args: the command's arguments.
-        prepared: the model.
-        answers: the rows of the output.
-        figures: their figures; of these, loss and perplexity are shown.
-        thresholds: of --prune_on.
+    The page shows the pruned graph, if it was pruned, against the reference. The pruned graph that
+    an earlier command has left is removed if nothing is pruned now.
     """
-    other, output = args.scoring.compare or "", args.question.output or ""
-    there, here = read_other(other, answers)
-    distributed.log(f"{len(here)} of {len(answers)} answers are compared: those in {other} too")
-    before = answer_figures(args, prepared, there, thresholds, None)
-    after = answer_figures(args, prepared, here, thresholds, None)
-    before |= other_model_figures(other, figures)
-    after |= {name: value for name, value in figures.items() if name not in after}
-    print(compare_table(before, after, other, output))
+    write_graph(scores.graph, output.with_name(output.stem + ".graph.json"))
+    pruned_file = output.with_name(output.stem + ".pruned_graph.json")
+    if scores.pruned is None:
+        pruned_file.unlink(missing_ok=True)
+        shown = scores.graph
+    else:
+        write_graph(scores.pruned, pruned_file)
+        shown = scores.pruned
+    page = output.with_name(output.stem + ".graph.html")
+    write_graph_page(shown, scores.reference, page, title=output.name)
+
+
+def judge(args: Args, prepared: PreparedModel, rubric: Rubric) -> None:
+    """Let --judge score the answers."""
+    scoring, output = args.scoring, Path(args.question.output or "")
+    endpoint = JudgeEndpoint(scoring.judge or "", scoring.judge_model, scoring.judge_requests)
+    score_answers.judge_answers(output, endpoint, rubric, prepared.writer.data)
 
 
 def run() -> NoReturn:

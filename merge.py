@@ -28,9 +28,9 @@ from minilora.checkpoint.merge_writer import (
 )
 from minilora.checkpoint.model_record import read_model_record
 from minilora.checkpoint.peft import CONFIG_FILE, Adapter, read_adapter
-from minilora.cli import run_script
 from minilora.config import ModelConfig
 from minilora.errors import UserError
+from minilora.exit_codes import run_script
 from minilora.files import read_json, write_directory
 from minilora.hub import resolve
 from minilora.loading import find_base

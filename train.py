@@ -18,11 +18,12 @@ from minilora.build import LoadedModel, autocast_to, build_for_training
 from minilora.checkpoint.checkpointer import Checkpointer, demote_final, start_directory
 from minilora.checkpoint.resume import find_checkpoint, rename_superseded
 from minilora.checkpoint.trainer_state import TrainerState
-from minilora.cli import check_compiler, check_device, load_config, run_script
+from minilora.cli import check_compiler, check_device, load_config
 from minilora.config import Config, TrainConfig
 from minilora.data.dataset import EvalSet, dataset_fingerprint
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
+from minilora.exit_codes import run_script
 from minilora.hub import resolve
 from minilora.model.precision import precision_note
 from minilora.planning.report import show_plan

@@ -27,6 +27,8 @@ SLOW = {
     "wandb",
     "bitsandbytes",
     "networkx",
+    "scipy",
+    "sentence_transformers",
     "openai",
     "pyarrow",
 }

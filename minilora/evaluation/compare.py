@@ -7,7 +7,7 @@ from pathlib import Path
 from minilora import distributed
 from minilora.data.example import RowError, string_of
 from minilora.errors import UserError
-from minilora.evaluation.ontology import Figures
+from minilora.evaluation.category_graph import Figures
 from minilora.evaluation.text import format_figure
 from minilora.files import read_json_if_present
 from minilora.generation.jobs import Key, read_rows, row_key

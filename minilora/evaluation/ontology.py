@@ -1,310 +1,280 @@
-"""Metrics of ontology learning (OLLM, arXiv 2410.23584): category paths as a weighted graph.
+"""Metrics of ontology learning (OLLM, arXiv 2410.23584): two graphs of categories compared.
 
-A text has one path per line, "A -> B -> C". All paths of all answers form a directed graph; the
-weight of an edge u -> v is the number of times it occurs. `score` compares the graph of the answers
-with that of the references. `prune` can remove unlikely edges before, with thresholds that
-`search_thresholds` finds.
+    python -m minilora.evaluation.ontology PREDICTED.json REFERENCE.json
 
-Shapes: E edges of a graph.
+compares two files of node-link JSON by the five metrics of the paper. All but the last have a
+precision (the share of the predicted graph that is right), a recall (the share of the reference
+that was found) and an F1:
+
+- literal: edges that have the same two titles. A category by another name counts as wrong, so a
+  graph of new categories scores low however sensible it is.
+- fuzzy: edges whose titles are similar at both ends; one edge may match many.
+- continuous: how similar edges are, each assigned to at most one other.
+- graph: how similar nodes are, each assigned to at most one other; a node is described by its
+  title and those of the nodes above it.
+- motif: how far apart the shapes of the graphs are, whatever the titles (motifs.py); 0 is best.
+
+Similarity is the cosine of the titles' sentence embeddings (embedder.py, soft_metrics.py).
 """
 
+import dataclasses
+import importlib.util
 import json
-from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import accumulate, compress, pairwise, product
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal
 
-import numpy as np
+import tyro
 
-from minilora.data.paths import ARROW
-from minilora.errors import UserError
-from minilora.files import replace_file
+from minilora import distributed
+from minilora.errors import UserError, require
+from minilora.evaluation import assignment, soft_metrics
+from minilora.evaluation.category_graph import DiGraph, read_graph, root_title, title_of
+from minilora.evaluation.embedder import DEFAULT_EMBEDDER, TitleEmbedder, load_embedder
+from minilora.evaluation.motifs import motif_distance
+from minilora.evaluation.pruning import PRESETS, Thresholds, prune
+from minilora.evaluation.soft_metrics import PrecisionRecall
+from minilora.exit_codes import run_script
 
-DiGraph = Any
-"""A networkx.DiGraph. networkx is an optional dependency, and has no type hints."""
+Metric = Literal["literal", "fuzzy", "continuous", "graph", "motif"]
+METRICS: tuple[Metric, ...] = ("literal", "fuzzy", "continuous", "graph", "motif")
 
-Figures = dict[str, float | int]
-"""The value of each figure by its key."""
+COMMAND = "python -m minilora.evaluation.ontology"
 
+EMBEDDING_METRICS = ("fuzzy", "continuous", "graph")
+"""The metrics that compare embeddings of titles."""
 
-@dataclass(frozen=True)
-class Thresholds:
-    """Which edges `prune` removes."""
-
-    absolute: float = 0.0
-    """Remove edges lighter than this quantile (0 .. 1) of all weights."""
-    relative: float = 0.0
-    """Remove the lightest edges out of each node, up to this share (0 .. 1) of their weight."""
-    remove_self_loops: bool = True
-    """Remove edges u -> u."""
-    remove_inverse_edges: bool = True
-    """Of u -> v and v -> u remove the lighter one, or neither if both weigh the same."""
+OptionalFigures = dict[str, float | None]
+"""The value of each figure by its key; None if it was left out for its cost."""
 
 
-class ParsedText(NamedTuple):
-    """The category paths of a text."""
+def compare_graphs(
+    predicted: DiGraph,
+    reference: DiGraph,
+    embedder: TitleEmbedder | None,
+    metrics: Collection[str] = METRICS,
+    *,
+    log_costs: bool = True,
+) -> OptionalFigures:
+    """Compute the paper's metrics for two graphs.
 
-    paths: list[list[str]]
-    """The names of each well-formed line, without whitespace around them."""
-    num_lines: int
-    """Number of lines that are not blank, well formed or not."""
-
-
-def parse_paths(text: str, roots: Set[str] = frozenset()) -> ParsedText:
-    """Read the paths of a text, one per line.
-
-    A line is well formed if it has two names or more and none is blank.
+    Weights do not matter. Nodes of equal titles are different nodes, except to literal. If one of
+    the graphs is empty, F1, precision and recall are 0.
 
     Args:
-        text: lines such as "A -> B -> C".
-        roots: names that are well formed alone on a line, too.
-    """
-    paths = []
-    num_lines = 0
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        num_lines += 1
-        names = [name.strip() for name in line.split(ARROW)]
-        if all(names) and (len(names) > 1 or names[0] in roots):
-            paths.append(names)
-    return ParsedText(paths, num_lines)
-
-
-def build_graph(texts: Iterable[str], roots: Set[str] = frozenset()) -> DiGraph:
-    """Build the graph of all paths of all texts.
-
-    Args:
-        texts: see `parse_paths`.
-        roots: names that are well formed alone on a line.
+        predicted: the learnt graph.
+        reference: the true graph.
+        embedder: of titles; may be None if none of EMBEDDING_METRICS is computed.
+        metrics: which of METRICS to compute.
+        log_costs: log the `cost_notes` first.
 
     Returns:
-        A networkx.DiGraph. An edge's "weight" is how often it occurs in the paths.
+        For each metric METRIC_f1, METRIC_precision and METRIC_recall; for motif "motif_distance".
+        Figures are None if they would cost too much (assignment.py).
     """
-    import networkx  # type: ignore[import-untyped]
+    unknown = set(metrics) - set(METRICS)
+    if unknown:
+        raise ValueError(f"unknown metrics: {sorted(unknown)}")
+    if log_costs:
+        for note in cost_notes(predicted, reference, metrics):
+            distributed.log(note)
 
-    paths: list[list[str]] = []
-    for text in texts:
-        paths += parse_paths(text, roots).paths
-
-    graph = networkx.DiGraph()
-    weights: Counter[tuple[str, str]] = Counter()
-    for path in paths:
-        graph.add_nodes_from(path)
-        weights.update(pairwise(path))
-    graph.add_weighted_edges_from((u, v, weight) for (u, v), weight in weights.items())
-    return graph
-
-
-def write_graph(graph: DiGraph, path: str | Path) -> None:
-    """Write a graph as node-link JSON. If that fails, an older file stays as it was."""
-    import networkx
-
-    links = networkx.node_link_data(graph, edges="links")
-    replace_file(Path(path), json.dumps(links, ensure_ascii=False))
+    figures: OptionalFigures = {}
+    if "literal" in metrics:
+        figures |= _figures("literal", _literal(predicted, reference))
+    if needs_embedder(metrics):
+        if embedder is None:
+            raise ValueError(f"one of {sorted(metrics)} needs an embedder")
+        figures |= _soft_figures(predicted, reference, embedder, metrics)
+    if "motif" in metrics:
+        figures["motif_distance"] = motif_distance(predicted, reference)
+    return figures
 
 
-def read_graph(path: str | Path) -> DiGraph:
-    """Read a graph that `write_graph` wrote.
-
-    Raises:
-        UserError: the file cannot be read, or holds something other than a directed graph.
-    """
-    import networkx
-
-    # networkx raises any of these for JSON of another structure
-    errors = (OSError, ValueError, LookupError, TypeError, AttributeError, networkx.NetworkXError)
-    try:
-        links = json.loads(Path(path).read_text(encoding="utf-8"))
-        graph = networkx.node_link_graph(links, edges="links")
-        if type(graph) is not networkx.DiGraph:
-            raise TypeError("it is undirected or has parallel edges")
-    except errors as error:
-        message = f"{path}: expected a directed graph as node-link JSON: {error!r}"
-        raise UserError(message) from error
-    return graph
+def cost_notes(
+    predicted: DiGraph, reference: DiGraph, metrics: Collection[str] = METRICS
+) -> list[str]:
+    """Say which of the metrics `compare_graphs` leaves out for their cost, and which take long."""
+    nodes = len(predicted), len(reference)
+    edges = len(predicted.edges), len(reference.edges)
+    notes = []
+    for metric, items, shape in (("continuous", "edges", edges), ("graph", "nodes", nodes)):
+        note = assignment.cost_note(metric, items, shape)
+        if metric in metrics and note is not None:
+            notes.append(note)
+    return notes
 
 
-def literal_figures(predicted: DiGraph, reference: DiGraph) -> Figures:
-    """Compute precision, recall and F1 of edges and of nodes, matched by exact names, 0 .. 1.
+def needs_embedder(metrics: Collection[str]) -> bool:
+    """Return whether any of the metrics compares embeddings."""
+    return not set(metrics).isdisjoint(EMBEDDING_METRICS)
 
-    The F1 of edges is OLLM's Literal F1. If only one of the graphs has edges, the figures of edges
-    are 0; if neither has any, they are 1. The same holds for nodes.
-    """
+
+def check_installed(metrics: Collection[str]) -> None:
+    """Raise UserError if a library that the metrics need is missing."""
+    is_missing = {"networkx": importlib.util.find_spec("networkx") is None}
+    if needs_embedder(metrics):
+        is_missing["scipy"] = importlib.util.find_spec("scipy") is None
+        has_embedders = importlib.util.find_spec("sentence_transformers") is not None
+        is_missing["sentence-transformers"] = not has_embedders
+    names = ", ".join(name for name in is_missing if is_missing[name])
+    if names:
+        raise UserError(f"ontology metrics need {names}: pip install 'minilora[ontology]'")
+
+
+def _figures(metric: str, scores: PrecisionRecall | None) -> OptionalFigures:
+    """Return the three figures of a metric by their keys."""
+    if scores is None:
+        return dict.fromkeys((f"{metric}_f1", f"{metric}_precision", f"{metric}_recall"))
     return {
-        **_overlap("edge", predicted.edges, reference.edges),
-        **_overlap("node", predicted.nodes, reference.nodes),
+        f"{metric}_f1": scores.f1(),
+        f"{metric}_precision": scores.precision,
+        f"{metric}_recall": scores.recall,
     }
 
 
-def _overlap(what: str, predicted: Set, reference: Set) -> Figures:
-    """Compute precision, recall and F1 of two sets; `what` begins the keys of the figures."""
-    if predicted or reference:
-        common = sum(1 for item in predicted if item in reference)
-        precision = common / max(len(predicted), 1)
-        recall = common / max(len(reference), 1)
-        f1 = 2 * common / (len(predicted) + len(reference))
-    else:
-        precision = recall = f1 = 1.0
-    return {f"{what}_precision": precision, f"{what}_recall": recall, f"{what}_f1": f1}
+def _literal(predicted: DiGraph, reference: DiGraph) -> PrecisionRecall:
+    """Compare the sets of the edges' titles."""
+    ours, theirs = _titled_edges(predicted), _titled_edges(reference)
+    num_common = len(ours & theirs)
+    return PrecisionRecall(num_common / max(len(ours), 1), num_common / max(len(theirs), 1))
 
 
-def prune(graph: DiGraph, thresholds: Thresholds) -> DiGraph:
-    """Remove unlikely edges, and the nodes that are left without any: OLLM's post-processing.
+def _titled_edges(graph: DiGraph) -> set[tuple[str, str]]:
+    """Return the titles of the two ends of each edge."""
+    return {(title_of(graph, u), title_of(graph, v)) for u, v in graph.edges}
 
-    `thresholds.relative` works as follows. Sort the edges out of a node by ascending weight, and
-    let C of an edge be the share of their weight that this edge and those before it have. Edges
-    with C <= relative are removed. Edges of equal weight have the C of the last of them, so their
-    order does not matter. If relative < 1, a node's heaviest edge stays. OLLM's own code removes
-    one edge more: the first with C > relative.
 
-    Every threshold is applied to the graph as given, not to what another threshold has left.
+def _soft_figures(
+    predicted: DiGraph, reference: DiGraph, embedder: TitleEmbedder, metrics: Collection[str]
+) -> OptionalFigures:
+    """Compute those of EMBEDDING_METRICS that are among the metrics."""
+    our_nodes = soft_metrics.embed_nodes(predicted, embedder)
+    their_nodes = soft_metrics.embed_nodes(reference, embedder)
+    our_edges = soft_metrics.edge_vectors(predicted, our_nodes)
+    their_edges = soft_metrics.edge_vectors(reference, their_nodes)
 
-    Returns:
-        A new graph; the given one is unchanged.
+    figures: OptionalFigures = {}
+    if "fuzzy" in metrics:
+        figures |= _figures("fuzzy", soft_metrics.fuzzy_scores(our_edges, their_edges))
+    if "continuous" in metrics:
+        figures |= _figures("continuous", soft_metrics.continuous_scores(our_edges, their_edges))
+    if "graph" in metrics:
+        ours = soft_metrics.propagate(predicted, our_nodes)
+        theirs = soft_metrics.propagate(reference, their_nodes)
+        figures |= _figures("graph", soft_metrics.graph_scores(ours, theirs))
+    return figures
+
+
+# --- the command
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare a learnt graph of categories with the true one (OLLM's metrics).
+
+    Both are files of node-link JSON, as infer.py writes them and networkx reads them. Nothing is
+    pruned unless a preset or a threshold is given.
     """
-    edges = _measure_edges(graph, thresholds)
-    return edges.select(type(graph), thresholds.absolute, thresholds.relative)
+
+    predicted: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTED")]
+    """The learnt graph."""
+    reference: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE")]
+    """The true graph."""
+    metrics: tuple[Metric, ...] = METRICS
+    """Which metrics to compute. literal and motif need no embedder."""
+    embedder: str = DEFAULT_EMBEDDER
+    """Model of sentence-transformers that embeds titles: a directory or a hub id."""
+    prune: Literal["wikipedia", "arxiv"] | None = None
+    """Prune the learnt graph first, with the thresholds that the paper found for this data."""
+    absolute: float | None = None
+    """Prune with this absolute threshold, 0 .. 1."""
+    relative: float | None = None
+    """Prune with this relative threshold, 0 .. 1."""
+    prune_rule: Literal["paper", "code"] | None = None
+    """Prune as the paper says (default), or as OLLM's code does."""
+    json: bool = False
+    """Write one JSON object instead of a table."""
 
 
-class _EdgeTable(NamedTuple):
-    """The edges of a graph, and the numbers that decide which of them stay."""
+def main(args: Args) -> None:
+    """Compare two files and print the figures to stdout."""
+    thresholds = _thresholds(args)
+    require(args.metrics, "--metrics: name one at least")
+    check_installed(args.metrics)
+    predicted, reference = read_graph(args.predicted), read_graph(args.reference)
+    _check_same_root(predicted, reference)
+    embedder = load_embedder(args.embedder) if needs_embedder(args.metrics) else None
 
-    edges: list[tuple]
-    """(u, v, attributes) of each edge."""
-    weights: np.ndarray
-    """The weight of each edge [E]."""
-    cumulative_shares: np.ndarray
-    """float64 [E]: C of `prune`, 0 .. 1."""
-    removed: np.ndarray
-    """bool [E]: self loops and inverse edges, which are removed whatever their weight."""
-
-    def select(self, graph_class: type, absolute: float, relative: float) -> DiGraph:
-        """Make a graph of the edges that the two thresholds leave; see `Thresholds`."""
-        if not self.edges:  # no weights have no quantile
-            return graph_class()
-        min_weight = np.quantile(self.weights, absolute)
-        kept = (self.weights >= min_weight) & (self.cumulative_shares > relative) & ~self.removed
-        return graph_class(compress(self.edges, kept))
+    if thresholds is not None:
+        num_edges = len(predicted.edges)
+        predicted = prune(predicted, thresholds, predicted.graph.get("root"))
+        distributed.log(f"pruned: {len(predicted.edges):,} of {num_edges:,} edges are left")
+    if not args.json:
+        print(f"predicted: {_size(predicted)}; reference: {_size(reference)}", flush=True)
+    figures = compare_graphs(predicted, reference, embedder, args.metrics)
+    print(json.dumps(figures) if args.json else figures_table(figures))
 
 
-def _measure_edges(graph: DiGraph, thresholds: Thresholds) -> _EdgeTable:
-    """Compute what `prune` needs to know of each edge.
-
-    Of the thresholds, `remove_self_loops` and `remove_inverse_edges` are applied here; `absolute`
-    and `relative` are arguments of `_EdgeTable.select`.
-    """
-    weights = {(u, v): weight for u, v, weight in graph.edges(data="weight", default=1)}
-
-    shares: dict[tuple[str, str], float] = {}
-    for u in graph:
-        ascending = sorted(weights[u, v] for v in graph[u])
-        # {weight: sum up to it}. A dict keeps the last value of a key, so edges of equal weight
-        # have the sum up to the last of them
-        cumulative = dict(zip(ascending, accumulate(ascending), strict=True))
-        for v in graph[u]:
-            shares[u, v] = cumulative[weights[u, v]] / cumulative[ascending[-1]]
-
-    removed = []
-    for (u, v), weight in weights.items():
-        is_self_loop = thresholds.remove_self_loops and u == v
-        is_lighter_inverse = thresholds.remove_inverse_edges and weights.get((v, u), 0) > weight
-        removed.append(is_self_loop or is_lighter_inverse)
-
-    return _EdgeTable(
-        edges=list(graph.edges(data=True)),
-        weights=np.array(list(weights.values())),
-        cumulative_shares=np.array([shares[edge] for edge in weights]),
-        removed=np.array(removed, dtype=bool),
-    )
+def figures_table(figures: OptionalFigures) -> str:
+    """Format the figures of `compare_graphs`, a line for each metric; "-" is one left out."""
+    lines = [f"{'':14}{'F1':>10}{'precision':>11}{'recall':>10}"]
+    for metric in METRICS:
+        if f"{metric}_f1" in figures:
+            f1 = _cell(figures[f"{metric}_f1"])
+            precision = _cell(figures[f"{metric}_precision"])
+            recall = _cell(figures[f"{metric}_recall"])
+            lines.append(f"{metric:14}{f1:>10}{precision:>11}{recall:>10}")
+    if "motif_distance" in figures:
+        lines.append(f"{'motif distance':14}{_cell(figures['motif_distance']):>10}")
+    return "\n".join(lines)
 
 
-def search_thresholds(
-    predicted: DiGraph, reference: DiGraph, metric: str = "edge_f1"
-) -> tuple[Thresholds, float]:
-    """Find the thresholds with which the pruned graph is most like the reference.
-
-    The grid is that of OLLM's code, 21 x 21, denser towards absolute = 1 and relative = 0.
-
-    Args:
-        predicted: the graph to prune.
-        reference: the graph to compare with.
-        metric: the figure of `literal_figures` to maximize.
-
-    Returns:
-        The best thresholds (of equally good ones those that prune least), and their figure.
-    """
-    edges = _measure_edges(predicted, Thresholds())
-    absolutes = 1 - np.geomspace(1 / max(len(predicted.edges), 1), 1, 21)
-    relatives = np.geomspace(0.1, 1, 21) - 0.1
-
-    candidates = []
-    for absolute, relative in product(absolutes.tolist(), relatives.tolist()):
-        pruned = edges.select(type(predicted), absolute, relative)
-        figure = literal_figures(pruned, reference)[metric]
-        candidates.append(_Candidate(figure, len(pruned.edges), absolute, relative))
-    best = max(candidates, key=_Candidate.rank)
-    return Thresholds(best.absolute, best.relative), best.figure
+def _cell(figure: float | None) -> str:
+    """Format a figure; "-" if it was left out."""
+    return "-" if figure is None else f"{figure:.3f}"
 
 
-class _Candidate(NamedTuple):
-    """One point of the grid of `search_thresholds`."""
-
-    figure: float
-    num_edges: int
-    """Edges of the pruned graph."""
-    absolute: float
-    relative: float
-
-    def rank(self) -> tuple[float, int, float, float]:
-        """Return what to order candidates by: the figure, then how little is pruned."""
-        return self.figure, self.num_edges, -self.absolute, -self.relative
+def _size(graph: DiGraph) -> str:
+    """Format the number of nodes and edges."""
+    return f"{len(graph):,} nodes, {len(graph.edges):,} edges"
 
 
-def score(
-    answers: list[str], references: list[str], thresholds: Thresholds | None = None
-) -> tuple[Figures, DiGraph]:
-    """Compare the graph of the answers' paths with the graph of the references' paths.
-
-    Args:
-        answers: generated texts, one path per line.
-        references: the reference of each answer. A name alone on a line is well formed if it
-            begins a path of some reference.
-        thresholds: prune the answers' graph with these, and score it too.
-
-    Returns:
-        The figures, and the answers' graph (pruned if there are thresholds). The figures are
-        "lines" (number of lines of all answers that are not blank), "well_formed" (the share of
-        them that are well formed, 0 .. 1), "nodes" and "edges" (their numbers in the graph) and
-        those of `literal_figures`. With thresholds, the figures of the graph are repeated for the
-        pruned graph under keys that end in "_pruned".
+def _thresholds(args: Args) -> Thresholds | None:
+    """Return the thresholds that the flags ask for, None for no pruning.
 
     Raises:
-        UserError: a reference has a line that is not a path.
+        UserError: the flags contradict each other, or a threshold is not between 0 and 1.
     """
-    roots = set()
-    for text in references:
-        roots |= {line.split(ARROW)[0].strip() for line in text.split("\n")}
-    for row, text in enumerate(references, start=1):
-        parsed = parse_paths(text, roots)
-        if len(parsed.paths) < parsed.num_lines:
-            place = f"reference {row} of {len(references)}"
-            raise UserError(f"graph: {place}: a name is blank in a line of {text[:200]!r}")
-
-    paths, num_lines = parse_paths("\n".join(answers), roots)
-    graph, reference_graph = build_graph(answers, roots), build_graph(references, roots)
-    figures: Figures = {"lines": num_lines, "well_formed": len(paths) / max(num_lines, 1)}
-    figures |= _graph_figures(graph, reference_graph)
-    if thresholds is not None:
-        graph = prune(graph, thresholds)
-        pruned_figures = _graph_figures(graph, reference_graph)
-        figures |= {f"{key}_pruned": value for key, value in pruned_figures.items()}
-    return figures, graph
+    has_values = args.absolute is not None or args.relative is not None
+    if args.prune is None and not has_values:
+        require(args.prune_rule is None, "--prune_rule needs --prune, --absolute or --relative")
+        return None
+    require(
+        args.prune is None or not has_values,
+        "--prune brings its own thresholds: leave out --absolute and --relative, or --prune",
+    )
+    for flag, value in (("--absolute", args.absolute), ("--relative", args.relative)):
+        is_share = value is None or 0 <= value <= 1
+        require(is_share, f"{flag} {value}: expected a number from 0 to 1")
+    if args.prune is not None:
+        thresholds = PRESETS[args.prune]
+    else:
+        thresholds = Thresholds(args.absolute or 0.0, args.relative or 0.0)
+    return dataclasses.replace(thresholds, rule=args.prune_rule or "paper")
 
 
-def _graph_figures(graph: DiGraph, reference: DiGraph) -> Figures:
-    """Count a graph's nodes and edges, and compare it with the reference."""
-    counts = {"nodes": len(graph), "edges": len(graph.edges)}
-    return {**counts, **literal_figures(graph, reference)}
+def _check_same_root(predicted: DiGraph, reference: DiGraph) -> None:
+    """Raise UserError if both graphs name their root, and the titles of the two differ."""
+    if predicted.graph.get("root") is None or reference.graph.get("root") is None:
+        return
+    ours, theirs = root_title(predicted), root_title(reference)
+    if ours != theirs:
+        raise UserError(
+            f"the learnt graph has the root {ours!r} and the reference {theirs!r}: "
+            "compare graphs of the same data"
+        )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(tyro.cli(Args, prog=COMMAND, use_underscores=True)))

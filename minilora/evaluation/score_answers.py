@@ -1,4 +1,4 @@
-"""Scoring of the finished answers in a job's output: metrics, category graph, judge.
+"""Scoring of the finished answers in a job's output: metrics of texts, loss, judge.
 
 The output's rows have the columns of the input, which hold the reference, and the answer under
 "generated". Figures are printed, and written beside the output.
@@ -13,20 +13,21 @@ import numpy as np
 
 from minilora import distributed
 from minilora.config import DataConfig, EvalConfig
-from minilora.data.example import RowError, string_of
+from minilora.data.example import RowError
 from minilora.data.prompts import question_of_row, reference_of_row, references_of
 from minilora.data.sources import data_files
 from minilora.data.tokenize import format_counts, tokenize_files
 from minilora.data.tokenizer import Tokenizer
 from minilora.errors import UserError
-from minilora.evaluation import ontology
+from minilora.evaluation import path_answers
+from minilora.evaluation.answer_graphs import GRAPH_METRICS
+from minilora.evaluation.category_graph import Figures
 from minilora.evaluation.judge import JudgeEndpoint, judge
-from minilora.evaluation.ontology import Figures, Thresholds
 from minilora.evaluation.perplexity import batches_by_length, loss_and_ppl, loss_sums
 from minilora.evaluation.rubric import Rubric, uses_reference
 from minilora.evaluation.text import format_table, score
 from minilora.generation.answering import TextGenerator
-from minilora.generation.jobs import Row, read_rows
+from minilora.generation.jobs import Row
 
 MODEL_METRICS = ("loss", "ppl")
 """Metrics that need the model: they are computed from the references, not from the answers."""
@@ -44,7 +45,7 @@ def check_references(
         path: the input file's name, for messages.
         rows: its rows.
         data: the format of the rows.
-        metrics: names of metrics.
+        metrics: names of metrics that compare with the rows' references.
 
     Raises:
         UserError: a row has no reference, or one that a metric cannot read.
@@ -58,6 +59,8 @@ def check_references(
         )
     references = references_of(path, rows, data)
     score([name for name in metrics if name in REFERENCE_METRICS], references, references)
+    if "ontology" in metrics:
+        path_answers.roots_of(references)
 
 
 def check_judge_references(
@@ -107,10 +110,18 @@ def visible_references(
 
 
 def text_figures(answers: Sequence[dict], references: list[str], metrics: Iterable[str]) -> Figures:
-    """Compute "answers", their number, and the figures of all metrics of texts except "graph"."""
-    texts = [row["generated"] for row in answers]
-    names = [name for name in metrics if name != "graph"]
-    return {"answers": len(answers), **score(names, texts, references)}
+    """Compute "answers", their number, and the figures of metrics that are of single texts.
+
+    Args:
+        answers: rows of the output.
+        references: the reference of each; not read if all metrics are of the graph.
+        metrics: names of metrics.
+    """
+    figures: Figures = {"answers": len(answers)}
+    names = [name for name in metrics if name not in GRAPH_METRICS]
+    if names:
+        figures |= score(names, [row["generated"] for row in answers], references)
+    return figures
 
 
 def model_figures(
@@ -146,49 +157,6 @@ def model_figures(
     figures: Figures = {name: value for name, value in found.items() if name in metrics}
     figures["loss/rows"] = len(documents)
     return figures
-
-
-def graph_figures(
-    answers: Sequence[dict],
-    references: list[str],
-    thresholds: Thresholds | None,
-    graph_file: Path | None,
-) -> Figures:
-    """Compare the answers' graph of category paths with the references'.
-
-    Args:
-        answers: rows of the output.
-        references: the reference of each.
-        thresholds: prune the answers' graph with these; None: do not prune it.
-        graph_file: where to write the answers' graph; None: nowhere.
-    """
-    texts = [row["generated"] for row in answers]
-    figures, graph = ontology.score(texts, references, thresholds)
-    if graph_file is not None:
-        ontology.write_graph(graph, graph_file)
-    return {f"graph/{key}": value for key, value in figures.items()}
-
-
-def find_thresholds(path: str, data: DataConfig) -> Thresholds:
-    """Find the pruning thresholds that are best for the answers to an evaluation set.
-
-    Args:
-        path: an output with these answers.
-        data: the format of its rows.
-
-    Raises:
-        UserError: a row has no answer or no reference; the message names file, line and column.
-    """
-    rows = read_rows(path)
-    references = references_of(path, rows, data)
-    answers = references_of(
-        path, rows, data, read_reference=lambda row, _: string_of(row, "generated")
-    )
-    thresholds, f1 = ontology.search_thresholds(
-        ontology.build_graph(answers), ontology.build_graph(references)
-    )
-    distributed.log(f"pruning: {thresholds}, edge F1 {f1:.4f} on {path}")
-    return thresholds
 
 
 def report_figures(figures: Figures, output: Path) -> None:

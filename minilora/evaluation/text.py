@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from minilora.errors import UserError, did_you_mean
-from minilora.evaluation import ontology
-from minilora.evaluation.ontology import Figures
+from minilora.evaluation import path_answers
+from minilora.evaluation.category_graph import Figures
 
 METRICS = {
     "loss": "",
@@ -27,11 +27,12 @@ METRICS = {
     "edit_distance": "rapidfuzz",
     "numeric": "",
     "graph": "networkx",
+    "ontology": "sentence_transformers",
 }
 """The metrics a user may name, each with the library it needs, or an empty string.
 
-"loss" and "ppl" have no function here: they need the model, and evaluation/perplexity.py computes
-them.
+Some have no function here: "loss" and "ppl" need the model (evaluation/perplexity.py), "ontology"
+needs an embedder and is computed by infer.py alone (evaluation/answer_graphs.py).
 """
 
 LOWER_IS_BETTER = ("loss", "ppl", "edit_distance", "numeric/mae", "numeric/rmsle")
@@ -80,8 +81,9 @@ def check_metrics(names: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: no metric {name!r}{hint}; the metrics are {known}")
         library = METRICS[name]
         if library and not _is_installed(library):
+            extra = "ontology" if name == "ontology" else "eval"
             message = f"{where}: {name} needs {library}, which is not installed"
-            raise UserError(f"{message} (pip install 'minilora[eval]')")
+            raise UserError(f"{message} (pip install 'minilora[{extra}]')")
 
 
 def _is_installed(distribution: str) -> bool:
@@ -92,7 +94,7 @@ def _is_installed(distribution: str) -> bool:
 def score(names: Sequence[str], answers: list[str], references: list[str]) -> Figures:
     """Compute the figures of the named metrics over all pairs of answer and reference.
 
-    The functions below describe the metrics. "loss" and "ppl" are ignored.
+    The functions below describe the metrics. Those without a function are ignored.
 
     Args:
         names: keys of METRICS.
@@ -222,8 +224,8 @@ def _numeric(answers: list[str], references: list[str]) -> Figures:
 
 
 def _graph(answers: list[str], references: list[str]) -> Figures:
-    """Compare the graphs of category paths; see `ontology.score`, without thresholds."""
-    figures, _ = ontology.score(answers, references)
+    """Compare the graphs of category paths; see `path_answers.score`."""
+    figures = path_answers.score(answers, references)
     return {f"graph/{key}": value for key, value in figures.items()}
 
 

@@ -122,14 +122,11 @@ class ScoringArgs:
 
     metrics: tuple[str, ...] = ()
     """Compare the answers with the rows' own: loss ppl exact_match bleu chrf rouge meteor
-    edit_distance numeric graph. Printed and written to OUTPUT.metrics.json; graph also writes the
-    answers' paths as a graph, to OUTPUT.graph.json."""
+    edit_distance numeric graph ontology. Printed and written to OUTPUT.metrics.json; graph and
+    ontology also write the answers' paths as a graph, to OUTPUT.graph.json and .html."""
     compare: str | None = None
     """With --metrics: an earlier --output over the same rows. The figures of both are shown beside
     each other, over the rows that both answered."""
-    prune_on: str | None = None
-    """With --metrics graph: answers to an evaluation set (an earlier --output). The pruning
-    thresholds (OLLM's) with the best edge F1 there are applied here."""
     judge: str | None = None
     """URL of an OpenAI-compatible endpoint that scores each answer; its key is read from the
     environment, OPENAI_API_KEY."""
@@ -139,6 +136,35 @@ class ScoringArgs:
     """JSON with the criteria: see examples/rubric.json."""
     judge_requests: int = 8
     """Requests to the judge at once."""
+
+
+@dataclass
+class OntologyArgs:
+    """The graph of the answers' category paths: --metrics graph (names only) and ontology (OLLM's
+    figures, which compare titles by an embedder)."""
+
+    root: str | None = None
+    """Only lines that begin with this name count (default: that of --reference_graph, or the one
+    that all rows' paths begin with)."""
+    reference_graph: str | None = None
+    """What --metrics ontology compares with: node-link JSON with a root (default: the rows' own
+    paths)."""
+    embedder: str | None = None
+    """Sentence-transformers model, directory or hub id (default
+    sentence-transformers/all-MiniLM-L6-v2)."""
+    prune_on: str | None = None
+    """Prune the graph, too: answers to an evaluation set (an earlier --output), on which OLLM's
+    thresholds are chosen."""
+    prune_reference: str | None = None
+    """The graph that --prune_on's answers are compared with, as --reference_graph (default: the
+    paths of its rows)."""
+    prune_for: Literal["literal_f1", "fuzzy_f1", "continuous_f1", "graph_f1"] | None = None
+    """The figure that --prune_on makes as large as possible (default continuous_f1; with --metrics
+    graph alone it is the F1 of edges)."""
+    prune: Literal["wikipedia", "arxiv"] | None = None
+    """Prune the graph, too, with the thresholds that OLLM published for this dataset."""
+    prune_rule: Literal["paper", "code"] | None = None
+    """How the thresholds are read: as in OLLM's paper (default), or as in its code."""
 
 
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes)
@@ -151,6 +177,7 @@ class Args:
     form: FormArgs = field(default_factory=FormArgs)
     sampling: SamplingArgs = field(default_factory=SamplingArgs)
     scoring: ScoringArgs = field(default_factory=ScoringArgs)
+    ontology: OntologyArgs = field(default_factory=OntologyArgs)
 
 
 def given_form(form: FormArgs) -> dict[str, Any]:
@@ -204,6 +231,8 @@ def check(args: Args) -> None:
     _check_numbers(args)
     _check_form_flags(args.form)
     _check_scoring(args)
+    _check_ontology(args.ontology, args.scoring.metrics)
+    _check_other_outputs(args)
 
 
 def _check_files(question: QuestionArgs) -> None:
@@ -271,14 +300,47 @@ def _check_scoring(args: Args) -> None:
         require(scoring.judge is not None, "--judge_model and --rubric need --judge URL")
     if scoring.judge:
         require(scoring.rubric, "--judge needs --rubric FILE: see examples/rubric.json")
-    if scoring.prune_on:
-        require("graph" in scoring.metrics, "--prune_on needs --metrics graph")
-        _require_file("--prune_on", scoring.prune_on)
     if scoring.compare:
         require(scoring.metrics, "--compare needs --metrics: what is to be compared")
         _require_file("--compare", scoring.compare)
-        is_output = Path(scoring.compare).resolve() == Path(args.question.output or "").resolve()
-        require(not is_output, "--compare: is the same file as --output")
+
+
+def _check_ontology(ontology: OntologyArgs, metrics: tuple[str, ...]) -> None:
+    """Check that the flags for the answers' graph have an effect, and name files."""
+    default = OntologyArgs()
+    given = [name for name, value in vars(ontology).items() if value != getattr(default, name)]
+    of_both = ("prune_on", "prune", "prune_rule")
+    for name in given:
+        if name in of_both:
+            has_graph = "graph" in metrics or "ontology" in metrics
+            require(has_graph, f"--{name} needs --metrics graph or ontology")
+        else:
+            require("ontology" in metrics, f"--{name} needs --metrics ontology")
+
+    require(
+        ontology.prune is None or ontology.prune_on is None,
+        "--prune is published thresholds, and --prune_on chooses some: give only one of them",
+    )
+    for name in ("prune_reference", "prune_for"):
+        require(
+            name not in given or ontology.prune_on is not None, f"--{name} needs --prune_on ANSWERS"
+        )
+    require(
+        "prune_rule" not in given or ontology.prune or ontology.prune_on,
+        "--prune_rule needs --prune or --prune_on: nothing is pruned",
+    )
+    for name in ("reference_graph", "prune_on", "prune_reference"):
+        path = getattr(ontology, name)
+        if path is not None:
+            _require_file(f"--{name}", path)
+
+
+def _check_other_outputs(args: Args) -> None:
+    """Check that the earlier outputs which flags name are not the one that is written."""
+    output = Path(args.question.output or "").resolve()
+    for flag, path in (("compare", args.scoring.compare), ("prune_on", args.ontology.prune_on)):
+        is_output = path is not None and Path(path).resolve() == output
+        require(not is_output, f"--{flag}: is the same file as --output")
 
 
 def check_samples_differ(num_samples: int, params: SamplingParams) -> None:

@@ -501,7 +501,7 @@ def test_check_judge_names_a_missing_library(missing: str, monkeypatch: pytest.M
 
 JUDGING_PROCESS = """
 import sys
-from minilora.cli import run_script
+from minilora.exit_codes import run_script
 from minilora.evaluation.judge import JudgeEndpoint, judge
 from minilora.evaluation.rubric import read_rubric
 

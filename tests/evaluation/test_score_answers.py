@@ -26,10 +26,20 @@ from helpers.asking import (
     write_base,
     write_rows,
 )
+from helpers.embedding import LetterEmbedder
+from helpers.graphs import edges_of
 from helpers.judge_server import SECRET, running_judge
 from minilora.config import DataConfig
 from minilora.errors import UserError
-from minilora.evaluation import ontology, text
+from minilora.evaluation import (
+    answer_graphs,
+    category_graph,
+    ontology,
+    path_answers,
+    pruning,
+    text,
+)
+from minilora.generation.answering import wanted_samples
 from minilora.generation.jobs import Job, read_input_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,13 +169,13 @@ MADE = [
     "Main -> A -> B\nMain -> A\nx -> x\n",
     "Main -> A -> D\nMain -> Z\nno path\n",
     "Main -> E -> F\n",
-    "G -> C\nC -> G\nC -> G\n",
+    "Main -> A -> B\nMain -> E -> F\nC -> G\n",
 ]
-TUNING_ANSWERS = [
-    "Main -> A -> B\nMain -> A -> Z\n",
-    "Main -> A -> D\nMain -> D\n",
-    "Main -> A -> D\n",
-    "Main -> C\nMain -> C -> A\n",
+TUNING_ANSWERS = [  # right edges in two answers, wrong ones in one
+    "Main -> A -> B\nMain -> C\nMain -> W\n",
+    "Main -> A -> B\nMain -> A -> D\nMain -> X -> Y\n",
+    "Main -> A -> D\nMain -> E -> F\nMain -> Q\n",
+    "Main -> E -> F\nMain -> C -> G\nMain -> C -> P\n",
 ]
 ROWS_OF_PATHS: list[dict] = [
     {"id": i, "title": f"t{i}", "abstract": "a", "paths": paths} for i, paths in enumerate(PATHS)
@@ -217,42 +227,82 @@ def test_graph_of_answers_that_are_there(
     assert infer.main(graph_args) == 0
     figures = read_figures(tmp_path)
     assert figures == {"answers": 4, **text.score(graph_args.scoring.metrics, MADE, REFERENCES)}
-    assert figures["graph/lines"] == 10 and figures["graph/well_formed"] == 0.9
+    assert figures["graph/lines"] == 10 and figures["graph/well_formed"] == 0.7
     assert figures["exact_match"] == 0.25
 
-    graph = ontology.read_graph(tmp_path / "out.graph.json")
-    weights = {(u, v): weight for u, v, weight in graph.edges(data="weight")}
-    assert weights["Main", "A"] == 3 and weights["C", "G"] == 2 and weights["x", "x"] == 1
-    assert len(weights) == 9
+    weights = edges_of(category_graph.read_graph(tmp_path / "out.graph.json"))
+    assert weights["Main", "A"] == 3 and weights["Main", "Z"] == 1  # answers with such an edge
+    assert len(weights) == 6  # none of lines from another root
+    assert "out.jsonl" in (tmp_path / "out.graph.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "out.pruned_graph.json").exists()
+
+
+def test_an_edge_counts_once_for_several_answers_to_a_row(graph_args: infer.Args, tmp_path: Path):
+    question = graph_args.question
+    question.output, question.num_samples = str(tmp_path / "samples.jsonl"), 2
+    graph_args.sampling.temperature = 0.5
+    samples = wanted_samples(read_input_rows(question.input or ""), 2)
+    settings = infer.settings_of_job(graph_args, infer.prepare(graph_args))
+    job = Job(question.output, settings, [sample.key for sample in samples])
+    for sample in samples:
+        job.add(sample.output_row("Main -> A" if sample.number else "Main -> A -> B\nMain -> A"))
+    job.finish()
+    assert infer.main(graph_args) == 0
+    weights = edges_of(category_graph.read_graph(tmp_path / "samples.graph.json"))
+    assert weights == {("Main", "A"): 4, ("A", "B"): 4}  # rows, not answers
+    figures = read_figures(tmp_path, "samples.metrics.json")
+    assert (figures["answers"], figures["graph/lines"]) == (8, 12)
 
 
 def test_thresholds_are_found_on_the_evaluation_answers(
     graph_args: infer.Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    graph_args.scoring.prune_on = str(tmp_path / "eval.jsonl")
+    graph_args.ontology.prune_on = str(tmp_path / "eval.jsonl")
     write_tuning(tmp_path)
     assert infer.main(graph_args) == 0
 
-    reference = ontology.build_graph(REFERENCES)
-    found, f1 = ontology.search_thresholds(ontology.build_graph(TUNING_ANSWERS), reference)
-    own, _ = ontology.search_thresholds(ontology.build_graph(MADE), reference)
-    assert own != found != ontology.Thresholds()
-    assert f"edge F1 {f1:.4f}" in capsys.readouterr().err
+    reference = category_graph.build_graph(REFERENCES, "Main")
 
-    expected, pruned = ontology.score(MADE, REFERENCES, found)
-    written = read_figures(tmp_path)
-    graph_figures = {key: value for key, value in written.items() if "graph/" in key}
-    assert graph_figures == {f"graph/{key}": value for key, value in expected.items()}
-    graph = ontology.read_graph(tmp_path / "out.graph.json")
-    assert sorted(graph.edges(data=True)) == sorted(pruned.edges(data=True))
-    assert 0 < len(pruned.edges) < expected["edges"]
+    def literal(graph):
+        return path_answers.literal_figures(graph, reference)
+
+    def best_on(answers: list[str]) -> tuple[pruning.Thresholds, float]:
+        predicted = category_graph.build_graph(answers, "Main")
+        return pruning.search_thresholds(
+            predicted, lambda pruned: literal(pruned)["edge_f1"], root="Main"
+        )
+
+    found, f1 = best_on(TUNING_ANSWERS)
+    assert best_on(MADE)[0] != found != pruning.Thresholds()
+    assert f"edge_f1 {f1:.4f} on {tmp_path / 'eval.jsonl'}" in capsys.readouterr().err
+
+    graph = category_graph.build_graph(MADE, "Main")
+    pruned = pruning.prune(graph, found, "Main")
+    figures = read_figures(tmp_path)
+    for suffix, expected in (("", graph), ("_pruned", pruned)):
+        for name, value in (literal(expected) | {"edges": len(expected.edges)}).items():
+            assert figures[f"graph/{name}{suffix}"] == value
+    assert edges_of(category_graph.read_graph(tmp_path / "out.graph.json")) == edges_of(graph)
+    written = category_graph.read_graph(tmp_path / "out.pruned_graph.json")
+    assert edges_of(written) == edges_of(pruned)
+    assert 0 < len(pruned.edges) < len(graph.edges)
+
+
+def test_no_pruned_graph_of_an_earlier_command_is_left(graph_args: infer.Args, tmp_path: Path):
+    pruned_file = tmp_path / "out.pruned_graph.json"
+    graph_args.ontology.prune = "wikipedia"
+    assert infer.main(graph_args) == 0
+    assert pruned_file.exists()
+    graph_args.ontology.prune = None
+    assert infer.main(graph_args) == 0
+    assert not pruned_file.exists() and (tmp_path / "out.graph.json").exists()
 
 
 @pytest.mark.parametrize("name", ["paths", "generated"])
 def test_an_evaluation_answer_without_its_columns_is_named(
     name: str, graph_args: infer.Args, tmp_path: Path
 ):
-    graph_args.scoring.prune_on = str(tmp_path / "eval.jsonl")
+    graph_args.ontology.prune_on = str(tmp_path / "eval.jsonl")
     rows = write_tuning(tmp_path)
     del rows[1][name]
     write_rows(tmp_path / "eval.jsonl", rows)
@@ -274,6 +324,116 @@ def test_an_answer_without_reference_is_named(
     finish_job(graph_args, MADE)
     with pytest.raises(UserError, match=r'in\.jsonl:3: .*"paths"'):
         infer.main(graph_args)
+
+
+# --- the figures of OLLM, which need an embedder ---
+
+
+@pytest.fixture
+def ontology_args(graph_args: infer.Args, monkeypatch: pytest.MonkeyPatch) -> infer.Args:
+    """Return arguments of a finished job for --metrics ontology, with the embedder of tests."""
+    monkeypatch.setattr(answer_graphs, "load_embedder", lambda name: LetterEmbedder())
+    monkeypatch.setattr(infer, "load_files", None)
+    graph_args.scoring.metrics = ("ontology",)
+    return graph_args
+
+
+def test_figures_of_ontology(
+    ontology_args: infer.Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of the graph and of the pruned one, in the table and in the file."""
+    write_tuning(tmp_path)
+    ontology_args.ontology.prune_on = str(tmp_path / "eval.jsonl")
+    assert infer.main(ontology_args) == 0
+
+    reference = category_graph.build_graph(REFERENCES, "Main")
+    graph = category_graph.build_graph(MADE, "Main")
+    embedder = LetterEmbedder()
+    found, f1 = pruning.search_thresholds(
+        category_graph.build_graph(TUNING_ANSWERS, "Main"),
+        lambda pruned: ontology.compare_graphs(pruned, reference, embedder)["continuous_f1"],
+        root="Main",
+    )
+    pruned = pruning.prune(graph, found, "Main")
+    assert 0 < len(pruned.edges) < len(graph.edges)
+    expected: dict = {"answers": 4, "ontology/lines": 10, "ontology/well_formed": 0.7}
+    for suffix, compared in (("", graph), ("_pruned", pruned)):
+        expected[f"ontology/nodes{suffix}"] = len(compared)
+        expected[f"ontology/edges{suffix}"] = len(compared.edges)
+        for name, value in ontology.compare_graphs(compared, reference, embedder).items():
+            expected[f"ontology/{name}{suffix}"] = value
+    figures = read_figures(tmp_path)
+    assert figures == pytest.approx(expected)
+    printed = capsys.readouterr()
+    assert printed.out == text.format_table(figures) + "\n"
+    assert f"continuous_f1 {f1:.4f} on" in printed.err
+    assert len(figures) == 1 + 4 + 13 + 2 + 13
+
+
+def test_a_prompted_model_is_compared_with_a_reference_graph(
+    ontology_args: infer.Args, checkpoint: Path, tmp_path: Path
+):
+    """In format prompt; the rows' own completions need not be paths, nor be there."""
+    rows = [{"id": i, "prompt": f"p{i}"} for i in range(4)]
+    reference = category_graph.build_graph([*REFERENCES, "Main -> H -> I"], "Main")
+    file = tmp_path / "reference.json"
+    category_graph.write_graph(reference, file)
+    args = infer_args(
+        checkpoint,
+        input=str(write_rows(tmp_path / "prompts.jsonl", rows)),
+        output=str(tmp_path / "prompted.jsonl"),
+        metrics=("ontology",),
+        format="prompt",
+        reference_graph=str(file),
+    )
+    finish_job(args, MADE)
+    assert infer.main(args) == 0
+    graph = category_graph.build_graph(MADE, "Main")
+    expected = ontology.compare_graphs(graph, reference, LetterEmbedder())
+    figures = read_figures(tmp_path, "prompted.metrics.json")
+    assert {name: figures[f"ontology/{name}"] for name in expected} == pytest.approx(expected)
+    assert figures["ontology/edges"] == 6
+
+    args.scoring.metrics = ("ontology", "exact_match")  # this one compares with the completions
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: .*'completion'"):
+        infer.main(args)
+
+
+def test_answers_without_any_path_have_figures_of_0(
+    ontology_args: infer.Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ontology_args.question.output = str(tmp_path / "prose.jsonl")
+    ontology_args.ontology.prune = "wikipedia"
+    finish_job(ontology_args, ["I do not know.", "", "Things -> A", "Main"])
+    assert infer.main(ontology_args) == 0
+    assert "no answer has a path that begins with 'Main'" in capsys.readouterr().err
+    figures = read_figures(tmp_path, "prose.metrics.json")
+    compared = {key: value for key, value in figures.items() if key.partition("_")[2]}
+    assert len(compared) == 1 + 13 + 15 and figures["ontology/well_formed"] == 0
+    assert {value for key, value in figures.items() if "_f1" in key} == {0}
+    assert len(read_rows(tmp_path / "prose.jsonl")) == 4
+
+
+def test_comparison_shows_the_figures_of_ontology(
+    ontology_args: infer.Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_tuning(tmp_path)
+    ontology_args.scoring.compare = str(tmp_path / "eval.jsonl")
+    assert infer.main(ontology_args) == 0
+    (line,) = re.findall(r"^ontology/edges +.*$", capsys.readouterr().out, re.MULTILINE)
+    assert line.split()[1:] == ["12", "6", "-6"]
+
+
+def test_a_missing_embedder_is_reported_before_anything_is_answered(
+    graph_args: infer.Args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(infer, "load_files", None)
+    graph_args.scoring.metrics = ("ontology",)
+    graph_args.ontology.embedder = str(tmp_path / "absent")
+    graph_args.question.output = str(tmp_path / "new.jsonl")
+    with pytest.raises(UserError, match="absent"):
+        infer.main(graph_args)
+    assert not (tmp_path / "new.jsonl").exists()
 
 
 # --- a judge ---

@@ -52,6 +52,8 @@ def commands_of_block(content: str) -> Iterator[list[str]]:
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
     """Split a command into its script ("train.py") and the arguments after it."""
+    if words[1] == "-m":  # python -m minilora.evaluation.ontology
+        return words[2].replace(".", "/") + ".py", words[3:]
     endings = (".py", "torchrun.sh", ".sbatch")
     at = next(i for i, word in enumerate(words) if word.endswith(endings))
     return words[at], words[at + 1 :]

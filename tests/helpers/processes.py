@@ -32,7 +32,8 @@ sys.path.insert(0, ROOT)
 import train
 from minilora import distributed
 from minilora.checkpoint import checkpointer, training_state
-from minilora.cli import load_config, run_script
+from minilora.cli import load_config
+from minilora.exit_codes import run_script
 from minilora.training import evaluate
 
 def at(rank, owner, name, n, act):

@@ -403,7 +403,7 @@ def test_the_command_line(checkpoint: Path, command, tmp_path: Path):
     assert command(str(checkpoint), "--promt", "x")[0] == 2
     code, out, _ = command("--help")
     assert code == 0 and "--prompt_template" in out
-    for theme in ("model", "question", "form", "sampling", "scoring"):
+    for theme in ("model", "question", "form", "sampling", "scoring", "ontology"):
         assert f" {theme} options " in out
 
 
