@@ -121,6 +121,7 @@ def test_the_wheel_holds_the_package_and_the_scripts(built: Distributions):
     scripts = {f"minilora/scripts/{name}.py" for name in SCRIPTS}
     files = {name for name in built.files_of_wheel() if ".dist-info/" not in name}
     assert "minilora/tracking/report.html.jinja" in package
+    assert "minilora/tracking/page_style.css.jinja" in package
     assert files == package | scripts  # so no `train.py`, no tests and no documents
 
 

@@ -1,20 +1,16 @@
 """OUT/report.html: the report of a run in one file, which loads nothing else.
 
 It shows charts, generated answers, masks of training examples, how many rows of the data were used
-or dropped, and the settings. report.html.jinja is the page's template; this module fills it from
-the files of the run.
+or dropped, and the settings; in a run on category paths also the graph of the answers, and which
+labels are dropped. report.html.jinja is the page's template; this module fills it from the files of
+the run.
 """
 
-import base64
 import contextlib
-import hashlib
 import json
 import os
-import re
 from datetime import UTC, datetime
 from pathlib import Path
-
-import jinja2
 
 from minilora import distributed
 from minilora.checkpoint.trainer_state import TrainerState
@@ -23,6 +19,9 @@ from minilora.data.dataset import Documents
 from minilora.data.tokenize import format_counts
 from minilora.data.tokenizer import Tokenizer
 from minilora.tracking.charts import MAX_POINTS, charts, is_finite, mark_epoch_ends
+from minilora.tracking.graph_tree import AnswersTree, answers_tree
+from minilora.tracking.html_pages import load_template, render_page
+from minilora.tracking.keep_chart import keep_chart
 from minilora.tracking.overfitting import find_overfitting
 from minilora.tracking.preview import labelled_pieces
 from minilora.tracking.writers import Writer
@@ -39,9 +38,6 @@ TEMPLATE_LIMITS = {
     "MAX_CIRCLES": 40,  # points of a line that has a circle at each
 }
 """How much of each thing the template shows."""
-
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Characters that HTML or UTF-8 cannot represent."""
 
 
 class Report(Writer):
@@ -72,7 +68,9 @@ class Report(Writer):
             labelled_pieces(sets[0], tokenizer, i, seed)
             for i in range(min(MAX_EXAMPLES, len(sets[0])))
         ]
-        self.template = _load_template()
+        self.keep_chart = keep_chart(sets[0])
+        self.has_path_answers = len(sets[-1].edges) > 0  # samples are of the last set
+        self.template = load_template("report.html.jinja", **TEMPLATE_LIMITS)
 
     def evaluated(self) -> None:
         """Write the report: an evaluation is complete."""
@@ -91,8 +89,7 @@ class Report(Writer):
         path = self.out / "report.html"
         temporary = self.out / ".tmp-report.html"
         try:
-            page = UNPRINTABLE.sub(_printable, self._page())
-            temporary.write_text(page, encoding="utf-8", newline="\n")
+            temporary.write_text(self._page(), encoding="utf-8", newline="\n")
             os.replace(temporary, path)
         except Exception as error:
             with contextlib.suppress(OSError):
@@ -115,7 +112,8 @@ class Report(Writer):
         # through JSON, to compare with config.json: it has lists where the settings are tuples
         defaults = json.loads(json.dumps(flatten_config(Config())))
 
-        return self.template.render(
+        return render_page(
+            self.template,
             name=self.out.resolve().name,
             last=last_values,
             best=best_evaluation(rows, metric, self.first_eval_step),
@@ -123,39 +121,24 @@ class Report(Writer):
             epoch_ends=mark_epoch_ends(rows),
             overfitting=find_overfitting(rows, self.first_eval_step),
             samples=sorted(samples, key=lambda sample: -sample["step"]),
+            answers_tree=self._answers_tree(samples),
             torn=num_torn_rows + num_torn_samples,
             examples=self.examples,
+            keep_chart=self.keep_chart,
             tables=self.tables,
             config=config,
             defaults=defaults,
             written=datetime.now(UTC),
         )
 
-
-def _load_template() -> jinja2.Template:
-    """Compile report.html.jinja with its functions. Every value that it shows is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["sha256"] = _sha256_base64
-    environment.globals["format_number"] = format_number
-    environment.globals["to_json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.globals.update(TEMPLATE_LIMITS)
-    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source)
-
-
-def _sha256_base64(text: str) -> str:
-    """Hash a script for the page's Content-Security-Policy."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _printable(match: re.Match) -> str:
-    """Return a character to show in place of an unprintable one."""
-    char = match[0]
-    if char < " ":
-        return chr(0x2400 + ord(char))  # Unicode's pictures of control characters
-    return "\ufffd"
+    def _answers_tree(self, samples: list[dict]) -> AnswersTree | None:
+        """Compare the paths of the last step's answers with those of their targets."""
+        if not self.has_path_answers or not samples:
+            return None
+        last_step = max(sample["step"] for sample in samples)
+        rows = [sample for sample in samples if sample["step"] == last_step]
+        answers = [str(row.get("generated", "")) for row in rows]
+        return answers_tree(answers, [str(row.get("target", "")) for row in rows])
 
 
 def read_events(path: Path) -> tuple[list[dict], int]:
@@ -205,12 +188,3 @@ def best_evaluation(rows: list[dict], metric: str, first_eval_step: int = 0) -> 
             state.step = step
             update_best(state, figures, train)
     return state.best
-
-
-def format_number(value: float) -> str:
-    """Format a number for a reader: five digits, or whole thousands with commas."""
-    if not is_finite(value):
-        return str(value)
-    if 1e4 <= abs(value) < 1e15:
-        return f"{value:,.0f}"
-    return f"{value:.5g}"

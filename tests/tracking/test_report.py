@@ -10,12 +10,12 @@ import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from helpers import tiny_tokenizers
+from helpers.html_page import Page
 from minilora.config import (
     Config,
     DataConfig,
@@ -54,53 +54,6 @@ def documents(
     file = tmp_path_factory.mktemp("data") / "<i>rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return load_documents(str(file), DataConfig(num_workers=1), tokenizer, "train_file")
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: elements with attributes, text and open ancestors."""
-
-    VOID = ("meta", "link", "img", "br", "input", "base")
-
-    def __init__(self, source: str):
-        super().__init__(convert_charrefs=True)
-        self.elements: list[dict] = []
-        self.open: list[dict] = []
-        self.source = source
-        self.feed(source)
-        self.close()
-        assert not self.open, f"never closed: {[element['tag'] for element in self.open]}"
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        attributes = {name if name != "class" else "cls": value for name, value in attrs}
-        within = [element["tag"] for element in self.open]
-        element = {"tag": tag, "text": "", "within": within, **attributes}
-        self.elements.append(element)
-        if tag not in self.VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop()["tag"] == tag
-
-    def handle_data(self, data: str) -> None:
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag: str, cls: str | None = None) -> list[dict]:
-        found = [element for element in self.elements if element["tag"] == tag]
-        if cls is None:
-            return found
-        return [element for element in found if cls in (element.get("cls") or "").split()]
-
-    def sample_texts(self) -> list[str]:
-        """Return prompt, target and answer of all samples."""
-        return [e["text"] for e in self.all("div", "text") if "card" not in e["cls"]]
-
-    @property
-    def figures(self) -> dict[str, ET.Element]:
-        """The charts by their titles."""
-        sources = re.findall(r"<figure.*?</figure>", self.source, re.DOTALL)
-        found = [ET.fromstring(source) for source in sources]
-        return {str(figure.findtext(".//h3")): figure for figure in found}
 
 
 def text_of(element: ET.Element) -> str:
@@ -486,6 +439,87 @@ def test_nothing_is_loaded_and_only_its_own_script_runs(report: MakeReport):
     assert "prefers-color-scheme: dark" in style and "@media print" in style
 
 
+# --- category paths
+
+
+def test_the_graph_of_the_last_answers_is_shown(report: MakeReport):
+    """Compared with their targets; an earlier step's answers are not part of it."""
+    target = "Root -> Music -> Jazz\nRoot -> Art\n"
+    steps = {
+        10: ["Root -> Old\n"],
+        20: ["Root -> Music -> Rock\nMusic -> Jazz\n", f"Root -> Music\nRoot -> {NASTY}\n"],
+    }
+    samples = []
+    for step, answers in steps.items():
+        for answer in answers:
+            texts = {"prompt": "p", "target": target, "generated": answer}
+            samples.append({"step": step, **texts})
+    page = report([log_row(20, 1.0)], samples)
+
+    start = page.elements.index(page.all("div", "tree")[0])
+    (tree,) = page.all("div", "tree")
+    names: dict[str, list[str]] = {}
+    for element in page.elements[start:]:
+        if element["tag"] == "span" and "li" in element["within"]:
+            names.setdefault(element["cls"], []).append(element["text"])
+    assert names == {
+        "start": ["Root"],
+        "right": ["✓Music"],
+        "wrong": ["✗Rock", f"✗{NASTY}"],
+        "missing": ["○Jazz", "○Art"],
+    }
+    assert [e["text"] for e in page.all("small") if "li" in e["within"]] == ["2", "1", "1"]
+    assert "Old" not in tree["text"] and not page.all("img") and len(page.all("script")) == 1
+    said = " ".join(page.source.split())
+    assert "last step's 2 answers. <b>1 of their 4 lines is left out</b>" in said
+
+
+def test_the_dropped_labels_are_shown(report: MakeReport, tmp_path: Path):
+    """Of six articles with four paths each, Root -> Music occurs 24 times, and a leaf 6 times."""
+    page = report([])
+    (chart, most_dropped) = page.all("div", "keep")
+    mean = (24 + 4 * 6) / 5
+    start, end = page.elements.index(chart), page.elements.index(most_dropped)
+    circles = [e for e in page.elements[start:end] if e["tag"] == "circle"]
+    assert [circle["text"] for circle in circles] == [
+        "n = 6: 4 edges, kept with probability 1",
+        f"n = 24: 1 edge, kept with probability {mean / 24:.5g}",
+    ]
+    assert percent(circles[0]["cy"]) == 0
+    assert percent(circles[1]["cy"]) == pytest.approx(100 * (1 - mean / 24))
+    cells = [e["text"] for e in page.elements[end:] if e["tag"] in ("th", "td")][:8]
+    assert cells[:4] == ["u → v", "n", "kept", "dropped in an epoch"]
+    assert cells[4:] == ["Root → Music", "24", "40 %", "14.4"]
+    share = 100 * (24 - mean) / 48
+    said = " ".join(page.source.split())
+    assert f"In expectation {share:.3g} % of the 48 names below a parent lose their labels" in said
+    assert "drawn anew each epoch" in page.source
+
+    once = Config(output_dir=str(tmp_path), data=DataConfig(edge_draw="once"))
+    page = report([], config=once)
+    assert "drawn once)" in page.source and "each epoch)" not in page.source
+
+
+def test_a_run_without_paths_has_neither_graph_nor_dropped_labels(
+    tmp_path: Path, tokenizer: Tokenizer, private_cache: None
+):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "completion": "Root -> A"}) + "\n")
+    data = DataConfig(format="prompt", num_workers=1)
+    rows = load_documents(str(file), data, tokenizer, "train_file")
+    write_config(tmp_path, Config(output_dir=str(tmp_path), data=data))
+    sample = {"step": 1, "prompt": "p", "target": "Root -> A", "generated": "Root -> B"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    Report(tmp_path, [rows], tokenizer, 0).write()
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Root -> B" in page.sample_texts()
+    assert not page.all("div", "tree") and not page.all("div", "keep")
+    titles = [element["text"] for element in page.all("h2")]
+    assert titles == [
+        "Charts", "Generated samples", "Training examples and their masks", "Data", "Settings",
+    ]  # fmt: skip
+
+
 # --- settings, masks, the state of the run
 
 
@@ -511,7 +545,8 @@ def test_all_settings_are_shown_with_what_was_changed(report: MakeReport, tmp_pa
     page = report([], config=config)
 
     shown, shown_defaults, section, field, is_marked = {}, {}, "", "", False
-    for element in page.elements:
+    (headline,) = [element for element in page.all("h2") if element["text"] == "Settings"]
+    for element in page.elements[page.elements.index(headline) :]:
         match element["tag"]:
             case "caption":
                 section = element["text"]
