@@ -2,14 +2,12 @@
 
 docs/pictures/report.png is the upper part of the report of a run of configs/tiny.py.
 docs/pictures/loss.png shows the training loss of minilora and of transformers + peft, step by step,
-from the same adapter on the same rows. Pillow reduces both to 64 colors, which keeps them small.
+from the same adapter on the same rows. The third, docs/pictures/ontology.png, is drawn by
+bench/ontology.py.
 """
 
 import json
 import math
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,10 +15,10 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import train
+from docs.screenshot import find_browser, screenshot
 from minilora.cli import load_config
 from minilora.config import Config
 from minilora.data.cache import load_documents
@@ -28,14 +26,11 @@ from minilora.data.dataset import Documents, LabelDraw, step_order
 from minilora.data.tokenizer import Tokenizer
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 STEPS = 120
 
 
 def main() -> None:
-    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    if browser is None:
-        sys.exit(f"error: none of {', '.join(BROWSERS)} is installed: the pictures need a browser")
+    browser = find_browser()
     PICTURES.mkdir(exist_ok=True)
 
     with tempfile.TemporaryDirectory() as name:
@@ -48,18 +43,6 @@ def main() -> None:
         page = directory / "loss.html"
         page.write_text(loss_page(ours, reference), encoding="utf-8")
         screenshot(browser, page, PICTURES / "loss.png", 900, 360)
-
-
-def screenshot(browser: str, page: Path, picture: Path, width: int, height: int) -> None:
-    """Render a page in a window of the given size, in pixels, into a small PNG."""
-    with tempfile.TemporaryDirectory() as profile:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        flags += ["--hide-scrollbars", "--disable-background-networking"]
-        flags += [f"--user-data-dir={profile}", f"--window-size={width},{height}"]
-        command = [browser, *flags, f"--screenshot={picture}", page.as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-    with Image.open(picture) as image:
-        image.convert("RGB").quantize(64).save(picture, optimize=True)
 
 
 def losses_of_both(directory: Path) -> tuple[list[float], list[float]]:
