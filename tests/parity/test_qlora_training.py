@@ -45,6 +45,7 @@ def quantized_reference_run(
         return reference_run(run, adapter)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("bits", "family", "accumulation"),
     [(4, "mistral_v1", 1), (4, "qwen2", 2), (8, "mistral_v1", 2), (8, "qwen2", 1)],

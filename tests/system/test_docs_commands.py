@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -115,14 +116,18 @@ def section_of(recipe: str) -> str:
 
 
 def rows_of_recipe(recipe: str, shown_row: str) -> dict[str, str]:
-    """Return what T.jsonl and E.jsonl of a recipe's commands are: the rows its config names."""
+    """Return what stands for the files of a recipe's commands; the rows are those of its config."""
     if recipe == "qlora":  # the page shows a row of its own kind, prompt and completion
         Path("rows.jsonl").write_text(shown_row * 6, encoding="utf-8")
         return {"T.jsonl": "rows.jsonl", "E.jsonl": "rows.jsonl"}
     data = load_config([f"configs/{recipe}.py"]).data
     assert isinstance(data.train_file, str)
     assert data.eval_file
-    return {"T.jsonl": data.train_file, "E.jsonl": data.eval_file}
+    files = {"T.jsonl": data.train_file, "E.jsonl": data.eval_file}
+    if recipe == "arxiv":  # after its one step here, the best checkpoint is the last one
+        best, last = "out/arxiv/checkpoint-288", "out/arxiv/checkpoint-final"
+        files |= {best: last, f"{best}/merged": f"{last}/merged"}
+    return files
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -193,7 +198,9 @@ def documents_of(flags: list[str], file: str) -> tuple[Documents, Tokenizer]:
     more = ["--data.train_file", file, "--data.num_workers", "1"]
     config = load_config(["configs/tiny.py", *flags, *more])
     tokenizer = Tokenizer(TINY, load_chat_template(config.data.chat_template))
-    return load_documents(file, config.data, tokenizer, "train_file"), tokenizer
+    documents = load_documents(file, config.data, tokenizer, "train_file")
+    documents.count_edges(np.arange(len(documents)), config.data.edge_dropping)
+    return documents, tokenizer
 
 
 def marked(documents: Documents, tokenizer: Tokenizer, i: int) -> str:

@@ -60,12 +60,14 @@ def test_flags_exist(path: Path):
     known |= {f.name for args in (*themes, merge.Args) for f in dataclasses.fields(args)}
     known |= {"help", "section.field"}
     known |= {"nproc_per_node", "max_restarts", "no_python", "index_url"}  # torchrun's, pip's
-    bench = " ".join(text_of(file) for file in (ROOT / "bench").glob("*.py"))
+    commands = [*ROOT.glob("bench/*.py"), *ROOT.glob("examples/ontology/*.py")]
+    commands.append(ROOT / "minilora/evaluation/ontology.py")
+    arguments = " ".join(map(text_of, commands))
     for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text_of(path)):
         name = flag.replace("-", "_")
-        in_bench = re.search(rf"^    {name}: ", bench, re.MULTILINE)
+        in_command = re.search(rf"^    {name}: ", arguments, re.MULTILINE)
         is_flag = name in known or name.removeprefix("no_") in known  # --no-fold
-        assert is_flag or in_bench, f"--{flag}"
+        assert is_flag or in_command, f"--{flag}"
 
 
 def test_configs_name_settings_that_exist():
@@ -331,5 +333,5 @@ def test_the_readme_lists_every_room_and_fits_on_a_page():
 
 def test_the_pictures_are_small():
     pictures = list((ROOT / "docs/pictures").iterdir())
-    assert {path.name for path in pictures} == {"report.png", "loss.png"}
+    assert {path.name for path in pictures} == {"report.png", "loss.png", "ontology.png"}
     assert sum(path.stat().st_size for path in pictures) <= 200_000
