@@ -23,15 +23,15 @@ class Job:
     """Of Python: a script at the root of the repository, and its flags."""
     output: Path
     """There once the job has finished."""
-    questions: Path | None = None
+    rows: Path | None = None
     """A file whose every row the output answers: with fewer rows than it, the output is
     unfinished."""
 
     def is_done(self) -> bool:
         """Return whether the whole output is there."""
-        if self.questions is None or not self.output.exists():
+        if self.rows is None or not self.output.exists():
             return self.output.exists()
-        return _count_rows(self.output) >= _count_rows(self.questions)
+        return _count_rows(self.output) >= _count_rows(self.rows)
 
 
 def run_jobs(stage: str, jobs: Sequence[Job], at_a_time: int, logs: Path) -> None:

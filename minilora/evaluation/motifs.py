@@ -6,6 +6,7 @@ corner is a node with two neighbours, and its kind says how the node is linked t
 two neighbours (an open triad: one corner); in seven all three have (a triangle: three corners).
 """
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from itertools import combinations_with_replacement
@@ -82,7 +83,7 @@ def _corners_of_pairs(kinds: Counter[str]) -> Counter[Corner]:
     corners: Counter[Corner] = Counter()
     for first, second in combinations_with_replacement(sorted(kinds), 2):
         if first == second:
-            corners[first, second] = kinds[first] * (kinds[first] - 1) // 2
+            corners[first, second] = math.comb(kinds[first], 2)
         else:
             corners[first, second] = kinds[first] * kinds[second]
     return corners
